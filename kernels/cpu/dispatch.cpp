@@ -1,0 +1,54 @@
+// Which instruction set the CPU kernels use: the best this processor and its operating system
+// offer, unless one is forced.
+#include <atomic>
+
+#include "kernels/cpu/table.h"
+
+namespace wise {
+
+namespace {
+
+Isa best_isa() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c") && __builtin_cpu_supports("popcnt");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (avx2 && avx512) return Isa::kAvx512;
+  if (avx2) return Isa::kAvx2;
+#endif
+  return Isa::kPortable;
+}
+
+std::atomic<Isa>& chosen() {
+  static std::atomic<Isa> isa{best_isa()};
+  return isa;
+}
+
+}  // namespace
+
+Isa current_isa() { return chosen().load(std::memory_order_relaxed); }
+
+Isa force_isa(Isa isa) {
+  const Isa best = best_isa();
+  chosen().store(isa < best ? isa : best, std::memory_order_relaxed);
+  return current_isa();
+}
+
+const Table& table() {
+#if defined(__x86_64__)
+  switch (current_isa()) {
+    case Isa::kAvx512:
+      return kAvx512Table;
+    case Isa::kAvx2:
+      return kAvx2Table;
+    case Isa::kPortable:
+    case Isa::kBest:
+      break;
+  }
+#endif
+  return kPortableTable;
+}
+
+}  // namespace wise

@@ -1,0 +1,102 @@
+// The CPU kernels: torch-free, on raw pointers. This header is what csrc/ sees. Work that gains
+// from wide registers goes through a table of functions, one table for each instruction set, each
+// built in its own translation unit (kernels_*.cpp) and chosen at run time (dispatch.cpp).
+#pragma once
+
+#include <cstdint>
+
+namespace wise {
+
+enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kBest = 3 };
+
+inline constexpr int kDtypes = 3;
+
+// Runs body(begin, end, context) over the pieces of [0, count), in parallel. `grain` is the least
+// number of items worth a thread. Results never depend on where the pieces are cut.
+using Body = void (*)(int64_t begin, int64_t end, void* context);
+using ParallelFor = void (*)(int64_t count, int64_t grain, Body body, void* context);
+
+// A 2-d activation matrix of any of the three dtypes; strides count elements.
+struct Matrix {
+  const void* data;
+  Dtype dtype;
+  int64_t rows;
+  int64_t columns;
+  int64_t row_stride;
+  int64_t column_stride;
+};
+
+// The packed rows of a bank (or of one shard): see docs/ops.md. `rows` is per shard.
+struct Packed {
+  const uint32_t* mask;
+  const void* values;
+  Dtype dtype;
+  const int64_t* row_ptr;
+  int64_t shards;
+  int64_t rows;
+  int64_t columns;
+  int64_t words;  // mask words a row
+  int64_t count;  // values in all
+};
+
+struct Update {
+  float* delta;
+  const float* grad;
+  const uint32_t* mask;
+  const int64_t* row_ptr;
+  int64_t rows;
+  int64_t columns;
+  int64_t words;
+  int64_t count;
+  float* m;  // both null: SGD
+  float* v;
+  double lr;
+  double beta1;
+  double beta2;
+  double eps;
+  int64_t step;
+  double clamp;
+};
+
+// The functions below return false when row_ptr does not agree with the mask or the values.
+
+// y[n] += D_route[n] x[n]; route is within [-1, shards).
+[[nodiscard]] bool add_side(const Packed& bank, const Matrix& x, void* y, Dtype y_dtype,
+                            int64_t y_stride, const int32_t* route, ParallelFor parallel);
+// grad_x[n] = D_route[n]^T grad[n], zero for rows on the main memory; grad is fp32 [rows, d_out].
+[[nodiscard]] bool add_side_backward(const Packed& bank, const float* grad, int64_t n,
+                                     const int32_t* route, float* grad_x, ParallelFor parallel);
+// norms[p] = ||D_shards[p] x[rows[p]]||_2; rows and shards are within range.
+[[nodiscard]] bool side_norm(const Packed& bank, const Matrix& x, const int32_t* rows,
+                             const int32_t* shards, int64_t pairs, float* norms,
+                             ParallelFor parallel);
+[[nodiscard]] bool masked_update(const Update& update, ParallelFor parallel);
+[[nodiscard]] bool unpack(const Packed& shard, void* delta, ParallelFor parallel);
+
+// row_ptr [rows + 1] from the mask; returns the number of set bits.
+int64_t count_rows(const uint32_t* mask, int64_t rows, int64_t columns, int64_t* row_ptr,
+                   ParallelFor parallel);
+// The masked entries of delta [rows, columns] to values, at the offsets count_rows found.
+void pack(const void* delta, Dtype dtype, const uint32_t* mask, int64_t rows, int64_t columns,
+          const int64_t* row_ptr, void* values, ParallelFor parallel);
+
+// y = base + side and norms = ||side||_2 by row: what follows the training matmul.
+void side_epilogue(const float* side, const Matrix& base, void* y, float* norms,
+                   ParallelFor parallel);
+// grad_side = grad_y + grad_norm side / norm, the second term zero where the norm is.
+void side_epilogue_backward(const Matrix& grad_y, const float* grad_norms, const float* side,
+                            const float* norms, float* grad_side, ParallelFor parallel);
+// Zeroes the entries of grad [rows, columns] outside the mask.
+void mask_gradient(float* grad, const uint32_t* mask, int64_t rows, int64_t columns,
+                   ParallelFor parallel);
+
+// TIES over `deltas` arrays of `size` floats into `out`.
+void ties_merge(const float* const* deltas, const float* weights, int64_t deltas_count,
+                int64_t size, double density, float* out, ParallelFor parallel);
+
+// The instruction set in use; force_isa falls back to the best at or below the one asked for.
+Isa current_isa();
+Isa force_isa(Isa isa);
+
+}  // namespace wise

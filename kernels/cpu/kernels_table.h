@@ -1,0 +1,25 @@
+// Fills one table: included last by kernels_*.cpp, after its Vec.
+#pragma once
+
+#include "kernels/cpu/elementwise.h"
+#include "kernels/cpu/masked_update.h"
+#include "kernels/cpu/side_product.h"
+#include "kernels/cpu/ties_merge.h"
+
+namespace wise::WISE_ISA {
+
+#define WISE_EACH_DTYPE(function) {function<float>, function<BFloat16>, function<Float16>}
+
+#define WISE_TABLE               \
+  {WISE_EACH_DTYPE(side_dots),   \
+   WISE_EACH_DTYPE(side_axpy),   \
+   WISE_EACH_DTYPE(widen),       \
+   WISE_EACH_DTYPE(add_rounded), \
+   WISE_EACH_DTYPE(store_sum),   \
+   masked_update,                \
+   mask_gradient,                \
+   count_high,                   \
+   count_low,                    \
+   merge}
+
+}  // namespace wise::WISE_ISA

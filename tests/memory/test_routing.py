@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from wise_ext.memory import IndicatorRouter, KeyIndex, KeyRouter, PackedBank, Router, Shard
+
+MakeShard = Callable[..., Shard]
+Draw = Callable[..., Tensor]
+SHAPE = (6, 40)
+
+
+def _indicator_router(make_shard: MakeShard, thresholds: list[float]) -> IndicatorRouter:
+    shards = [make_shard(seed) for seed in range(len(thresholds))]
+    return IndicatorRouter("layer", PackedBank.from_shards(shards, SHAPE), thresholds)
+
+
+def _brute_indicators(router: IndicatorRouter, shards: list[Shard], a: Tensor) -> Tensor:
+    return torch.stack([(a @ s.dense().T).norm(dim=-1).mean(0) for s in shards])
+
+
+def _key_router(keys: Tensor, shards: list[int], radius: float, **options: object) -> KeyRouter:
+    index = KeyIndex(keys.shape[1], **options)  # type: ignore[arg-type]
+    index.add(keys, shards, [f"edit-{i}" for i in range(len(keys))])
+    return KeyRouter("early", index, radius)
+
+
+def _padded(rows: list[Tensor], lefts: list[int], length: int) -> tuple[Tensor, Tensor]:
+    """Rows of different lengths in one batch, pads poisoned, each after `left` pads."""
+    batch = torch.full((len(rows), length, rows[0].shape[-1]), torch.nan)
+    real = torch.zeros(len(rows), length, dtype=torch.bool)
+    for i, (row, left) in enumerate(zip(rows, lefts, strict=True)):
+        batch[i, left : left + len(row)] = row
+        real[i, left : left + len(row)] = True
+    return batch, real
+
+
+def test_the_largest_indicator_then_its_own_threshold(make_shard: MakeShard, draw: Draw) -> None:
+    shards = [make_shard(seed) for seed in range(3)]
+    router = _indicator_router(make_shard, [0.0, 0.0, 0.0])
+    a, real = draw(20, 4, 40), torch.ones(20, 4, dtype=torch.bool)
+    wanted = torch.stack([_brute_indicators(router, shards, row) for row in a])
+    torch.testing.assert_close(router.indicators(a, real), wanted)
+    best = wanted.argmax(1)
+    assert len(set(best.tolist())) == 3
+    assert router.decide(a, real).tolist() == best.tolist()
+    assert router.decide(a, real).dtype == torch.int32
+    # Raising the threshold of one shard sends its rows to main memory, not to the runner-up.
+    strict = _indicator_router(make_shard, [0.0, 1e9, 0.0])
+    expected = [-1 if shard == 1 else shard for shard in best.tolist()]
+    assert strict.decide(a, real).tolist() == expected
+
+
+def test_an_indicator_at_its_threshold_goes_to_main(make_shard: MakeShard, draw: Draw) -> None:
+    a, real = draw(1, 3, 40), torch.ones(1, 3, dtype=torch.bool)
+    value = _indicator_router(make_shard, [0.0]).indicators(a, real).item()
+    below = math.nextafter(value, 0.0) - 1e-6
+    assert _indicator_router(make_shard, [value]).decide(a, real).item() == -1
+    assert _indicator_router(make_shard, [below]).decide(a, real).item() == 0
+    assert _indicator_router(make_shard, [-math.inf]).decide(a * 0, real).item() == 0
+
+
+def test_a_cosine_at_the_radius_goes_to_main(draw: Draw) -> None:
+    keys = draw(5, 16)
+    a, real = draw(1, 3, 16, seed=1), torch.ones(1, 3, dtype=torch.bool)
+    cosine, row = _key_router(keys, [0, 1, 2, 3, 4], 0.0).nearest(a, real)
+    value = cosine.item()
+    assert _key_router(keys, [0, 1, 2, 3, 4], value).decide(a, real).item() == -1
+    assert _key_router(keys, [0, 1, 2, 3, 4], value - 1e-6).decide(a, real).item() == row.item()
+
+
+def test_key_router_names_the_shard_of_the_nearest_key(draw: Draw) -> None:
+    keys = draw(12, 30)
+    shards = [i % 4 for i in range(12)]
+    router = _key_router(keys, shards, 0.5, background=draw(40, 30, seed=1))
+    a = (keys + 0.05 * draw(12, 30, seed=2)).unsqueeze(1)
+    assert router.decide(a, torch.ones(12, 1, dtype=torch.bool)).tolist() == shards
+    far = draw(6, 1, 30, seed=3)
+    assert router.decide(far, torch.ones(6, 1, dtype=torch.bool)).tolist() == [-1] * 6
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 6), st.integers(0, 3)), min_size=1, max_size=5),
+    st.integers(0, 100),
+)
+def test_rows_alone_equal_the_batch_whatever_the_pads(
+    sizes: list[tuple[int, int]], seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.randn(length, 40, generator=generator) for length, _ in sizes]
+    batch, real = _padded(rows, [left for _, left in sizes], 9)
+    shards = [_any_shard(s) for s in range(2)]
+    keys = torch.randn(6, 40, generator=generator)
+    routers: list[Router] = [
+        IndicatorRouter("layer", PackedBank.from_shards(shards, SHAPE), [4.5, 4.5]),
+        _key_router(keys, [0, 1, 0, 1, 0, 1], 0.1),
+    ]
+    for router in routers:
+        assert isinstance(router, Router)
+        together = router.decide(batch, real)
+        for i, row in enumerate(rows):
+            alone = router.decide(row.unsqueeze(0), torch.ones(1, len(row), dtype=torch.bool))
+            assert alone.tolist() == [together[i].item()]
+
+
+def _any_shard(seed: int) -> Shard:
+    delta = torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed)) / 3
+    return Shard.from_delta(delta, torch.full((6, 2), 255, dtype=torch.int32))
+
+
+def test_a_row_without_real_tokens_goes_to_main(make_shard: MakeShard, draw: Draw) -> None:
+    a, real = torch.full((2, 3, 40), torch.nan), torch.zeros(2, 3, dtype=torch.bool)
+    a[1], real[1] = draw(3, 40), True
+    assert _indicator_router(make_shard, [-math.inf]).decide(a, real).tolist() == [-1, 0]
+    assert _key_router(draw(3, 40), [0, 0, 0], -1.0).decide(a, real).tolist() == [-1, 0]
+
+
+def test_activations_that_overflow_go_to_main(draw: Draw) -> None:
+    a, real = torch.full((1, 2, 40), torch.inf), torch.ones(1, 2, dtype=torch.bool)
+    assert _key_router(draw(3, 40), [0, 0, 0], -1.0).decide(a, real).tolist() == [-1]
+
+
+def test_nothing_stored_is_main_memory(draw: Draw) -> None:
+    a, real = draw(3, 2, 40), torch.ones(3, 2, dtype=torch.bool)
+    assert (
+        IndicatorRouter("layer", PackedBank.from_shards([], SHAPE), []).decide(a, real).tolist()
+        == [-1] * 3
+    )
+    assert KeyRouter("early", KeyIndex(40), 0.0).decide(a, real).tolist() == [-1] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_activations_decide_in_fp32(
+    make_shard: MakeShard, draw: Draw, dtype: torch.dtype
+) -> None:
+    a, real = draw(4, 3, 40).to(dtype), torch.ones(4, 3, dtype=torch.bool)
+    router = _indicator_router(make_shard, [0.0, 0.0])
+    assert router.decide(a, real).equal(router.decide(a.float(), real))
+    torch.testing.assert_close(router.indicators(a, real), router.indicators(a.float(), real))
+    keyed = _key_router(draw(5, 40, seed=1), [0, 1, 2, 3, 4], 0.1)
+    assert keyed.decide(a, real).equal(keyed.decide(a.float(), real))
+
+
+def test_decisions_can_be_traced_whole(make_shard: MakeShard, draw: Draw) -> None:
+    a, real = draw(4, 3, 40), torch.ones(4, 3, dtype=torch.bool)
+    for router in (
+        _indicator_router(make_shard, [3.0, 3.0]),
+        _key_router(draw(5, 40, seed=1), [0, 1, 2, 3, 4], 0.1),
+    ):
+        traced = torch.compile(router.decide, fullgraph=True, backend="eager")
+        assert traced(a, real).equal(router.decide(a, real))
+
+
+def test_router_keeps_what_it_was_made_with(draw: Draw) -> None:
+    keys = draw(4, 40)
+    index = KeyIndex(40)
+    index.add(keys[:2], [0, 1], ["a", "b"])
+    router = KeyRouter("early", index, 0.2)
+    a, real = keys.unsqueeze(1), torch.ones(4, 1, dtype=torch.bool)
+    before = router.decide(a, real)
+    index.add(keys[2:], [2, 3], ["c", "d"])
+    assert router.decide(a, real).equal(before)
+    assert KeyRouter("early", index, 0.2).decide(a, real).tolist() == [0, 1, 2, 3]
+
+
+def test_thresholds_must_fit_the_bank(make_shard: MakeShard) -> None:
+    with pytest.raises(ValueError, match="1 shards need as many thresholds"):
+        IndicatorRouter("layer", PackedBank.from_shards([make_shard()], SHAPE), [1.0, 2.0])

@@ -1,0 +1,65 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Preset(StrEnum):
+    """Where the settings start from."""
+
+    default = "default"
+    paper = "paper"
+
+
+class Variant(StrEnum):
+    """What happens to shards that are full."""
+
+    retrieve = "retrieve"
+    merge = "merge"
+
+
+class RouterKind(StrEnum):
+    """What decides whether a prompt goes to the side memory."""
+
+    key = "key"
+    indicator = "indicator"
+
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="Hub id, local directory, .gguf file, or 'smollm2'.",
+        show_default=False,
+    ),
+]
+EditsArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="EDITS",
+        help="JSONL (prompt, target_new, …), EasyEdit's JSON or zsRE's.",
+        show_default=False,
+    ),
+]
+FolderArgument = Annotated[
+    Path, typer.Argument(metavar="DIR", help="A saved memory.", show_default=False)
+]
+MemoryOption = Annotated[
+    Path, typer.Option("--memory", metavar="DIR", help="The saved memory.", show_default=False)
+]
+LimitOption = Annotated[
+    int | None, typer.Option("--limit", min=1, metavar="N", help="At most N edits of the file.")
+]
+OffsetOption = Annotated[
+    int, typer.Option("--offset", min=0, metavar="K", help="Leave out the first K edits.")
+]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, …")]
+DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, fp32, bf16 or fp16.")]
+JsonOption = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers there too.")
+]

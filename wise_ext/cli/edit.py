@@ -1,0 +1,154 @@
+"""``wise-ext edit``: write a file of edits into a model and save the memory."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .choices import (
+    DeviceOption,
+    DtypeOption,
+    EditsArgument,
+    JsonOption,
+    LimitOption,
+    ModelArgument,
+    OffsetOption,
+    Preset,
+    RouterKind,
+    Variant,
+)
+from .console import note, say, size_name
+from .files import check_file, check_folder, write_json
+
+if TYPE_CHECKING:
+    from ..editing.editor import EditReport
+
+
+def edit(
+    model: ModelArgument,
+    edits: EditsArgument,
+    out: Annotated[
+        Path,
+        typer.Option("--out", metavar="DIR", help="Where the memory goes.", show_default=False),
+    ],
+    limit: LimitOption = None,
+    offset: OffsetOption = 0,
+    preset: Annotated[
+        Preset, typer.Option("--preset", help="Our best settings, or the paper's.")
+    ] = Preset.default,
+    variant: Annotated[
+        Variant | None,
+        typer.Option("--variant", help="Keep full shards apart, or merge them.  [preset's]"),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            "--batch-size", min=1, metavar="B", help="Edits trained together.  [preset's]"
+        ),
+    ] = None,
+    shard_size: Annotated[
+        int | None,
+        typer.Option("--shard-size", min=1, metavar="N", help="Edits in one shard.  [preset's]"),
+    ] = None,
+    router: Annotated[
+        RouterKind | None,
+        typer.Option("--router", help="What chooses between memories.  [preset's]"),
+    ] = None,
+    layer: Annotated[
+        str,
+        typer.Option(
+            "--layer", help="auto, a block's number, or the dotted path of a down projection."
+        ),
+    ] = "auto",
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put prompts into the model's chat template.")
+    ] = False,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    seed: Annotated[int, typer.Option("--seed", help="Same seed, same bytes.")] = 0,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted run in --out.")
+    ] = False,
+    json: JsonOption = None,
+) -> None:
+    """Write edits into a model; the model's own weights stay as they are."""
+    from ..editing.edits import read_edits
+
+    records = read_edits(edits, limit=limit, offset=offset)
+    check_folder(out, "--out")
+    check_file(json, "--json")
+
+    from ..editing.config import WiseConfig
+
+    chosen: dict[str, Any] = {
+        "variant": variant and variant.value,
+        "batch_size": batch_size,
+        "shard_size": shard_size,
+        "router": router and router.value,
+        "chat_template": chat or None,
+    }
+    config = WiseConfig.preset(
+        preset.value,
+        layer=int(layer) if layer.isdecimal() else layer,
+        seed=seed,
+        **{name: value for name, value in chosen.items() if value is not None},
+    )
+
+    from ..editing.editor import Editor
+    from ..editing.progress import progress_bar
+    from ..models import load_model
+    from ..storage.commit import has_journal
+
+    network, tokenizer = load_model(model, dtype=dtype, device=device)
+    try:
+        editor = Editor(network, tokenizer, config, directory=out, resume=resume)
+        with progress_bar("editing") as move:
+            report = editor.edit(records, progress=move)  # saves in out when it is done
+    except KeyboardInterrupt:
+        kept = f"what was done so far is kept in {out}: run the same command with --resume to go on"
+        raise KeyboardInterrupt(
+            f"interrupted; {kept if has_journal(out) else 'nothing was done yet'}"
+        ) from None
+    _print(report, out)
+    if json is not None:
+        write_json(json, numbers(report))
+
+
+def numbers(report: EditReport) -> dict[str, Any]:
+    """The numbers of an editing run; ``cpu_seconds`` and the peak are the whole process's."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "edits": report.edits,
+        "seconds": report.seconds,
+        "cpu_seconds": time.process_time(),
+        "seconds_per_edit": report.seconds / max(report.edits, 1),
+        "iterations": report.iterations,
+        "peak_rss_bytes": peak if sys.platform == "darwin" else peak * 1024,
+        "shards": report.shards,
+        "memory_bytes": report.memory_bytes,
+    }
+
+
+def remarks(report: EditReport) -> None:
+    """Say what the user should know about an editing run, on standard error."""
+    for earlier, later in report.conflicts:
+        note(f"conflict: edit {earlier} is superseded by {later} (same prompt, another target)")
+    if report.unconverged:
+        names = ", ".join(report.unconverged[:10])
+        more = len(report.unconverged) - 10
+        note(f"not fully learned: {names}" + (f" and {more} more" if more > 0 else ""))
+
+
+def _print(report: EditReport, out: Path) -> None:
+    remarks(report)
+    say(
+        f"{report.edits} edits in {report.seconds:.1f} s "
+        f"({report.seconds / max(report.edits, 1):.2f} s an edit, {report.iterations} iterations), "
+        f"{report.shards} shards, {size_name(report.memory_bytes)}"
+    )
+    say(f"saved in {out}", style="green")

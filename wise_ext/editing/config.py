@@ -1,0 +1,192 @@
+"""Settings of an editing run, and the two presets."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from wise_ext.errors import ConfigError
+from wise_ext.memory.merging import METHODS
+
+_CHOICES = {
+    "router": ("key", "indicator"),
+    "variant": ("retrieve", "merge"),
+    "optimizer": ("adam", "sgd"),
+    "merge_method": tuple(METHODS),
+}
+
+
+@dataclass(frozen=True)
+class WiseConfig:
+    """How edits are written and found again. The defaults are the ``default`` preset.
+
+    Attributes:
+        layer: the down projection to edit: ``"auto"`` (about five sixths of the depth), a block's
+            number, or a dotted module path.
+        key_layer: the projection whose input is the routing key: ``"auto"`` (about an eighth of
+            the depth, never above ``layer``), a number or a path. Only for ``router="key"``.
+        router: ``"key"`` (nearest stored key) or ``"indicator"`` (the paper's, Eq. 3-6).
+        radius: cosine above which a prompt belongs to its nearest stored edit.
+        variant: ``"retrieve"`` keeps finished memories apart, ``"merge"`` merges all into one.
+        mask_ratio: share of the projection's entries a shard may change [rho].
+        shard_size: edits in one shard.
+        shards_per_merge: finished shards that are merged into one memory [k]; 1 merges nothing
+            under ``"retrieve"``.
+        merge_method: see ``wise_ext.memory.merge``; ``merge_density`` is its ``density``.
+        batch_size: edits of one call that are trained together; 1 writes one after another.
+        optimizer: ``"adam"`` or ``"sgd"``, both on masked entries only.
+        learning_rate: per optimiser step; ``betas`` are Adam's.
+        iterations: at most this many rounds over a batch of edits.
+        rows_per_step: sequences in one optimiser step.
+        clamp: no entry of a delta grows beyond this (the reference's norm constraint).
+        early_stop: stop once every label is the greedy token by ``stop_margin`` (in logits) and,
+            where margins are trained, their loss is zero. Otherwise run all ``iterations``.
+        contexts: model-written prefixes of ``context_tokens`` tokens an edit is practised in,
+            besides its bare prompt; ``contexts_per_round`` of them are drawn each round.
+        replay: rows of the shard's earlier edits practised along with each round.
+        margins: train Eq. 5's margins on the indicator.
+        alpha, beta, gamma: those margins; None scales the paper's 5, 20 and 10 to the model, by
+            the size of the edited projection's output on neutral text.
+        act_ratio: a shard's threshold is the smallest indicator of its edits times this.
+        chat_template: put prompts into the tokenizer's chat template.
+        seed: of masks, contexts and draws. Same seed, same machine: same bytes.
+
+    Raises:
+        ConfigError: a value is unknown or out of range.
+    """
+
+    layer: str | int = "auto"
+    key_layer: str | int = "auto"
+    router: str = "key"
+    radius: float = 0.3
+    variant: str = "retrieve"
+    mask_ratio: float = 0.2
+    shard_size: int = 128
+    shards_per_merge: int = 1
+    merge_method: str = "ties"
+    merge_density: float = 1.0
+    batch_size: int = 128
+    optimizer: str = "adam"
+    learning_rate: float = 0.02
+    betas: tuple[float, float] = (0.9, 0.95)
+    iterations: int = 60
+    rows_per_step: int = 32
+    clamp: float = 4.0
+    early_stop: bool = True
+    stop_margin: float = 1.0
+    contexts: int = 5
+    context_tokens: int = 10
+    contexts_per_round: int = 1
+    replay: int = 12
+    margins: bool = False
+    alpha: float | None = None
+    beta: float | None = None
+    gamma: float | None = None
+    act_ratio: float = 0.88
+    chat_template: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", tuple(self.betas))
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}: choose one of {choices}")
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ConfigError(f"{name} is {value!r}: give a whole number >= {least}")
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name)
+            if not low < value <= high:
+                raise ConfigError(f"{name} is {value!r}: give a number in ({low:g}, {high:g}]")
+        if not all(0 <= beta < 1 for beta in self.betas) or len(self.betas) != 2:
+            raise ConfigError(f"betas are {self.betas}: give two numbers in [0, 1)")
+        if self.contexts_per_round > self.contexts:
+            raise ConfigError(
+                f"contexts_per_round is {self.contexts_per_round}, but there are only "
+                f"{self.contexts} contexts: raise contexts"
+            )
+        given = [getattr(self, name) is not None for name in ("alpha", "beta", "gamma")]
+        if any(given) and not all(given):
+            raise ConfigError("give all of alpha, beta and gamma, or none of them")
+        if self.router == "indicator" and not self.margins:
+            raise ConfigError("router='indicator' needs margins=True: nothing else separates edits")
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> WiseConfig:
+        """The ``default`` preset, or ``paper`` (WISE, Table 10), with changes.
+
+        Raises:
+            ConfigError: unknown preset or setting.
+        """
+        if name not in PRESETS:
+            raise ConfigError(f"unknown preset {name!r}: choose one of {tuple(PRESETS)}")
+        settings = {**PRESETS[name], **changes}
+        if changes.get("router") == "indicator":
+            settings.setdefault("margins", True)
+        return cls.from_dict(settings)
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any]) -> WiseConfig:
+        """Settings as ``to_dict`` returns them; what is left out takes its default.
+
+        Raises:
+            ConfigError: an unknown setting.
+        """
+        unknown = settings.keys() - {f.name for f in fields(cls)}
+        if unknown:
+            raise ConfigError(f"unknown setting {sorted(unknown)[0]!r}")
+        return cls(**settings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings as plain JSON values."""
+        return {**asdict(self), "betas": list(self.betas)}
+
+    def replace(self, **changes: Any) -> WiseConfig:
+        """A changed copy."""
+        return replace(self, **changes)
+
+
+_LEAST = {
+    "shard_size": 1,
+    "shards_per_merge": 1,
+    "batch_size": 1,
+    "iterations": 1,
+    "rows_per_step": 1,
+    "contexts": 0,
+    "context_tokens": 1,
+    "contexts_per_round": 0,
+    "replay": 0,
+    "seed": 0,
+}
+_RANGES = {
+    "mask_ratio": (0.0, 1.0),
+    "merge_density": (0.0, 1.0),
+    "radius": (-1.0, 1.0),
+    "learning_rate": (0.0, math.inf),
+    "clamp": (0.0, 1e30),
+    "act_ratio": (0.0, 1.0),
+    "stop_margin": (-math.inf, math.inf),
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    # Table 10 and appendix A.3; the trim density is the reference implementation's.
+    "paper": {
+        "router": "indicator",
+        "margins": True,
+        "optimizer": "sgd",
+        "learning_rate": 1.0,
+        "iterations": 70,
+        "early_stop": False,
+        "batch_size": 1,
+        "shard_size": 500,
+        "shards_per_merge": 2,
+        "merge_density": 0.53,
+        "clamp": 1.0,
+        "contexts": 10,
+        "contexts_per_round": 10,
+        "replay": 0,
+    },
+}

@@ -1,0 +1,123 @@
+"""What an edit is practised on: its rows, captured once through the frozen part of the model."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from wise_ext.editing.config import WiseConfig
+from wise_ext.editing.contexts import in_context
+from wise_ext.editing.edits import Edit
+from wise_ext.editing.losses import Margins
+from wise_ext.editing.prompts import encode_prompt, encode_target, neutral_prompts
+from wise_ext.editing.suffix import Row, SuffixEngine
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+#: Neutral prompts captured at a time.
+_CHUNK = 16
+# The paper's margins suit projections whose output has about this norm a token.
+_PAPER_MARGINS = Margins(5.0, 20.0, 10.0)
+_PAPER_OUTPUT_NORM = 100.0
+
+
+@dataclass(eq=False)
+class Practice:
+    """An edit's captured rows: the bare prompt, the prompt in each sampled context, and (where
+    margins are trained) an unrelated prompt."""
+
+    edit: Edit
+    bare: Row
+    contexts: list[Row]
+    unrelated: Row | None
+    locality_prompt: str | None
+
+
+class Coach:
+    """Turns edits into rows. What it captures depends on the edit and the settings alone, never on
+    the company it comes in, so any part of a run can be repeated to the same bits."""
+
+    def __init__(
+        self,
+        engine: SuffixEngine,
+        tokenizer: PreTrainedTokenizerBase,
+        config: WiseConfig,
+        contexts: list[str],
+    ) -> None:
+        self.engine = engine
+        self._tokenizer = tokenizer
+        self._config = config
+        self._contexts = contexts
+        self._known: dict[str, Practice] = {}
+
+    def practice(self, edit: Edit) -> Practice:
+        """The edit's rows; captured at the first asking, kept until ``forget``.
+
+        Raises:
+            DataError: the prompt or the target has no tokens.
+        """
+        known = self._known.get(edit.id)
+        if known is None or known.edit != edit:
+            known = self._known[edit.id] = self._capture(edit)
+        return known
+
+    def forget(self) -> None:
+        """Free all rows."""
+        self._known.clear()
+
+    def background(self) -> Tensor:
+        """Keys of neutral prompts [m, d_key]: what a router compares edits with."""
+        prompts = [self._prompt(text) for text in neutral_prompts()]
+        chunks = [prompts[i : i + _CHUNK] for i in range(0, len(prompts), _CHUNK)]
+        return torch.cat([self.engine.keys(chunk) for chunk in chunks])
+
+    def margins(self) -> Margins:
+        """Eq. 5's margins: those given, or the paper's in proportion to the model.
+
+        The unit is the median norm of the edited projection's output over neutral tokens: an
+        indicator of beta then stands for a change of about a fifth of that output.
+        """
+        c = self._config
+        if c.alpha is not None and c.beta is not None and c.gamma is not None:
+            return Margins(c.alpha, c.beta, c.gamma)
+        prompts = [self._prompt(text) for text in neutral_prompts()[:_CHUNK]]
+        rows = self.engine.capture(prompts, [[]] * len(prompts))
+        scale = self.engine.output_norm(rows) / _PAPER_OUTPUT_NORM
+        return Margins(*(scale * m for m in _PAPER_MARGINS))
+
+    def _capture(self, edit: Edit) -> Practice:
+        target = encode_target(
+            self._tokenizer, edit.target_new, stop=True, chat=self._config.chat_template
+        )
+        texts = [edit.prompt, *(in_context(c, edit.prompt) for c in self._contexts)]
+        prompts, targets = [self._prompt(t) for t in texts], [target] * len(texts)
+        unrelated = edit.locality_prompt
+        if self._config.margins:
+            unrelated = unrelated or self._neutral(edit)
+            prompts, targets = [*prompts, self._prompt(unrelated)], [*targets, []]
+        rows = self.engine.capture(prompts, targets)
+        return Practice(
+            edit=edit,
+            bare=rows[0],
+            contexts=rows[1 : len(texts)],
+            unrelated=rows[-1] if self._config.margins else None,
+            locality_prompt=unrelated,
+        )
+
+    def _neutral(self, edit: Edit) -> str:
+        texts = neutral_prompts()
+        return texts[draw_seed(self._config.seed, "unrelated", edit.id) % len(texts)]
+
+    def _prompt(self, text: str) -> list[int]:
+        return encode_prompt(self._tokenizer, text, chat=self._config.chat_template)
+
+
+def draw_seed(*parts: object) -> int:
+    """A seed in [0, 2^63) that depends on all parts and nothing else."""
+    text = "\x1f".join(str(p) for p in parts)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

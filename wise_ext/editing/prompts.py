@@ -1,0 +1,108 @@
+"""How prompts and targets become token ids: one convention for editing, scoring and generating.
+
+A sequence is ``prompt ids + target ids + [stop]``. The two parts are tokenised apart and put
+together as ids, so the prompt's tokens are the same while editing, scoring and generating.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from importlib import resources
+from typing import TYPE_CHECKING
+
+from ..errors import ConfigError, DataError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool = False) -> list[int]:
+    """Token ids of a prompt, with the special tokens the model wants in front.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        prompt: the text to continue.
+        chat: put the prompt as the user's message into the tokenizer's chat template, up to where
+            the answer begins.
+
+    Raises:
+        ConfigError: ``chat`` without a chat template.
+        DataError: the prompt becomes no token at all.
+    """
+    if chat:
+        if not getattr(tokenizer, "chat_template", None):
+            raise ConfigError(
+                "this model's tokenizer has no chat template: leave chat off, "
+                "or choose a chat (instruct) model"
+            )
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
+        ids = _ids(tokenizer, str(text), special=False)
+    else:
+        ids = _ids(tokenizer, prompt, special=True)
+        # some tokenizers close every text with the stop token: the answer could never follow it
+        if ids and ids[-1] == tokenizer.eos_token_id and ids != _ids(tokenizer, prompt, False):
+            ids = ids[:-1]
+    if not ids:
+        raise DataError(f"the prompt {prompt!r} has no tokens: write a prompt")
+    return ids
+
+
+def encode_target(
+    tokenizer: PreTrainedTokenizerBase, target: str, stop: bool = True, chat: bool = False
+) -> list[int]:
+    """Token ids of an answer as it follows a prompt, without special tokens.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        target: the answer.
+        stop: end with the stop token.
+        chat: the prompt came through the chat template, after which an answer has no space.
+
+    Raises:
+        DataError: the target becomes no token at all.
+        ModelError: ``stop`` and the tokenizer has no end-of-text token.
+    """
+    target = target.strip()
+    ids = _ids(tokenizer, target if chat else " " + target, special=False)
+    if not chat:
+        # SentencePiece puts a space of its own in front, which would make two
+        bare = _ids(tokenizer, target, special=False)
+        if bare != ids and _reads(tokenizer, bare, target) and not _reads(tokenizer, ids, target):
+            ids = bare
+    if not target or not ids:
+        raise DataError(f"the target {target!r} has no tokens: write an answer")
+    return [*ids, stop_token(tokenizer)] if stop else ids
+
+
+def stop_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that ends an answer. Raises :class:`ModelError` where the tokenizer has none."""
+    stop = tokenizer.eos_token_id
+    if not isinstance(stop, int):
+        raise ModelError("this tokenizer has no end-of-text token: set tokenizer.eos_token")
+    return stop
+
+
+@cache
+def neutral_prompts() -> tuple[str, ...]:
+    """Short texts about nothing in particular, of many kinds (written for this project).
+
+    They stand in for locality prompts where the edits bring none, and tell a router what
+    everything else looks like.
+    """
+    text = resources.files("wise_ext").joinpath("data/neutral.jsonl").read_text("utf-8")
+    return tuple(json.loads(line)["text"] for line in text.split("\n") if line)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:
+    # verbose=False: a long prompt is no reason for a warning
+    return [int(i) for i in tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]]
+
+
+def _reads(tokenizer: PreTrainedTokenizerBase, ids: list[int], target: str) -> bool:
+    """Whether ``ids`` behind another word read as one space and ``target``."""
+    anchor = _ids(tokenizer, "a", special=False)
+    text = tokenizer.decode(anchor + ids, clean_up_tokenization_spaces=False)
+    return str(text) == f"a {target}"

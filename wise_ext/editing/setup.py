@@ -1,0 +1,105 @@
+"""What an editor works with: the model cut at the edited layer, contexts, margins, the writer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from wise_ext.editing.config import WiseConfig
+from wise_ext.editing.contexts import sample_contexts
+from wise_ext.editing.practice import Coach, draw_seed
+from wise_ext.editing.suffix import SuffixEngine
+from wise_ext.editing.wise import WiseWriter
+from wise_ext.errors import ConfigError
+from wise_ext.memory import KeyIndex, SideMemory
+from wise_ext.models.loading import fingerprint
+from wise_ext.models.table import get_module, layer_path, projection_shape
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Early layers tell subjects apart best (measured; see docs/architecture.md).
+_KEY_DEPTH = 1 / 6
+
+
+class Workshop:
+    """Everything that depends on model, tokenizer and settings, and on no edit.
+
+    Raises:
+        ModelError: the model's layers are not found, or it cannot be replayed.
+        ConfigError: the key layer lies above the edited one, or there is no chat template.
+    """
+
+    def __init__(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: WiseConfig
+    ) -> None:
+        self._config = config
+        self._layer = layer_path(model, config.layer)
+        self._key_layer = _key_layer(model, config, self._layer)
+        self._shape = projection_shape(get_module(model, self._layer))
+        name = str(getattr(getattr(model, "config", None), "name_or_path", ""))
+        self.base = {"name": name or type(model).__name__, "fingerprint": fingerprint(model)}
+        training = model.training
+        model.eval()
+        pad = tokenizer.pad_token_id
+        engine = SuffixEngine(model, self._layer, self._key_layer, pad if pad is not None else 0)
+        seed = draw_seed(config.seed, "contexts")
+        texts = sample_contexts(model, tokenizer, config.contexts, config.context_tokens, seed)
+        self.coach = Coach(engine, tokenizer, config, texts)
+        margins = self.coach.margins() if config.margins else None
+        self.writer = WiseWriter(self.coach, config, self._shape, margins)
+        self._background: Tensor | None = None
+        if self._key_layer is not None:
+            self._background = self.coach.background()
+        model.train(training)
+
+    def empty_memory(self) -> SideMemory:
+        """A memory without shards, its key index (if it routes by key) knowing the background."""
+        index = None
+        if self._background is not None:
+            index = KeyIndex(self._background.shape[1], background=self._background)
+        return SideMemory(
+            layer=self._layer,
+            shape=self._shape,
+            routing=self._config.router,
+            key_layer=self._key_layer,
+            key_index=index,
+            radius=self._config.radius,
+            variant=self._config.variant,
+        )
+
+
+def _key_layer(model: nn.Module, config: WiseConfig, layer: str) -> str | None:
+    """The routing key's projection, or None where the indicator routes."""
+    if config.router != "key":
+        return None
+    if config.key_layer != "auto":
+        path = layer_path(model, config.key_layer)
+    elif config.layer == "auto" or not isinstance(config.layer, str):
+        path = layer_path(model, "auto", fraction=_KEY_DEPTH)
+    else:
+        path = _earlier(model, layer)
+    order = [name for name, _ in model.named_modules()]
+    if order.index(path) > order.index(layer):
+        if config.key_layer == "auto":
+            return layer
+        raise ConfigError(
+            f"key_layer {path} lies above the edited layer {layer}: the route must be known before"
+        )
+    return path
+
+
+def _earlier(model: nn.Module, layer: str) -> str:
+    """The counterpart of a hand-named projection at the key's depth, or itself."""
+    parts = layer.split(".")
+    for i, part in enumerate(parts):
+        if part.isdigit():
+            parts[i] = str(int(int(part) * _KEY_DEPTH / (5 / 6)))
+            path = ".".join(parts)
+            return path if _exists(model, path) else layer
+    return layer
+
+
+def _exists(model: nn.Module, path: str) -> bool:
+    return any(name == path for name, _ in model.named_modules())

@@ -1,0 +1,286 @@
+"""The WISE writer: edits in, a shard's masked delta out (arXiv 2405.14768, Eq. 3, 5 and 7)."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from wise_ext import ops
+from wise_ext.editing.config import WiseConfig
+from wise_ext.editing.edits import Edit, find_conflicts
+from wise_ext.editing.losses import Margins, greedy_by, label_loss, margin_loss
+from wise_ext.editing.practice import Coach, Practice, draw_seed
+from wise_ext.editing.suffix import Row
+from wise_ext.memory import Shard, random_mask_bits
+
+# An edit that passed is looked at again after this many rounds, or when all have passed.
+_REST = 3
+# What a row counts that is already right: enough to stay so, little beside those that are not.
+_SETTLED = 0.1
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one edit went: optimiser rounds it took part in, last losses, indicator, and whether its
+    labels are all greedy (by the margin asked for) in what was looked at last."""
+
+    edit: Edit
+    locality_prompt: str | None
+    iterations: int
+    losses: dict[str, float]
+    indicator: float
+    converged: bool
+
+
+@dataclass(eq=False)
+class OpenShard:
+    """A shard in training: dense fp32 ``delta`` [d_out, d_in] that is zero outside its mask."""
+
+    number: int
+    seed: int
+    mask_bits: Tensor
+    row_ptr: Tensor
+    delta: Tensor
+    edits: list[Edit] = field(default_factory=list)
+
+    def seal(self, threshold: float) -> Shard:
+        """The packed shard as it is now."""
+        ids = [edit.id for edit in self.edits]
+        return Shard.from_delta(self.delta, self.mask_bits, threshold, ids, self.seed)
+
+
+class _Sample(NamedTuple):
+    """A row of a round: which of the new edits it practises (-1: a replayed one) and with what."""
+
+    owner: int
+    row: Row
+    unrelated: Row | None
+
+
+class WiseWriter:
+    """Trains shards for one model, layer and set of settings.
+
+    Args:
+        coach: captures rows.
+        config: settings.
+        shape: (d_out, d_in) of the edited projection.
+        margins: Eq. 5's, or None to train without them.
+    """
+
+    def __init__(
+        self, coach: Coach, config: WiseConfig, shape: tuple[int, int], margins: Margins | None
+    ) -> None:
+        self._coach = coach
+        self._engine = coach.engine
+        self._config = config
+        self._shape = shape
+        self._margins = margins
+
+    def open(
+        self, number: int, sealed: Shard | None = None, edits: Sequence[Edit] = ()
+    ) -> OpenShard:
+        """A new shard, or a sealed one taken up again. Its mask depends on seed and number."""
+        seed = draw_seed(self._config.seed, "mask", number)
+        bits = random_mask_bits(*self._shape, self._config.mask_ratio, seed)
+        device = self._engine.device
+        delta = torch.zeros(self._shape) if sealed is None else sealed.dense()
+        _, row_ptr = ops.pack(delta, bits)
+        return OpenShard(
+            number, seed, bits.to(device), row_ptr.to(device), delta.to(device), list(edits)
+        )
+
+    def write(
+        self, shard: OpenShard, edits: Sequence[Edit], foreign: Sequence[Edit] = ()
+    ) -> list[Outcome]:
+        """Train new edits into an open shard, together, earlier ones of it replayed.
+
+        Args:
+            shard: changed in place; it then lists the edits.
+            edits: new ones, of different prompts.
+            foreign: edits of other shards, which this one's indicator must stay below alpha for
+                (App. B.3); used where margins are trained.
+
+        Raises:
+            DataError: an edit has no tokens.
+        """
+        new = [self._coach.practice(e) for e in edits]
+        replaced = {old for old, _ in find_conflicts([*shard.edits, *edits])}
+        old = [self._coach.practice(e) for e in shard.edits if e.id not in replaced]
+        others = [self._coach.practice(e) for e in foreign] if self._margins else []
+        ids = ",".join(edit.id for edit in edits)
+        rng = random.Random(draw_seed(self._config.seed, "draws", shard.number, ids))
+        with _frozen(self._engine.model):
+            lesson = _Lesson(self, shard, new, old, others, rng)
+            lesson.run()
+        shard.edits.extend(edits)
+        indicators = self.indicators(shard, [p.bare for p in new])
+        return [
+            Outcome(p.edit, p.locality_prompt, rounds, losses, r, settled)
+            for p, rounds, losses, r, settled in zip(
+                new, lesson.rounds, lesson.losses, indicators, lesson.settled, strict=True
+            )
+        ]
+
+    def indicators(self, shard: OpenShard, rows: Sequence[Row]) -> list[float]:
+        """Eq. 3 for each row under the shard as it is."""
+        with torch.no_grad():
+            r = self._engine.indicator(rows, shard.delta, shard.mask_bits)
+        return [float(v) for v in r]
+
+    def threshold(self, delta: Tensor, edits: Sequence[Edit]) -> float:
+        """epsilon [Eq. 6] of a delta, fp32 [d_out, d_in]: its edits' least indicator x act_ratio.
+
+        Infinite without edits: nothing is routed to an empty shard.
+        """
+        if not edits:
+            return math.inf
+        bits = torch.zeros(self._shape[0], -(-self._shape[1] // 32), dtype=torch.int32)
+        device = self._engine.device
+        rows = [self._coach.practice(e).bare for e in edits]
+        with torch.no_grad():
+            r = self._engine.indicator(rows, delta.to(device), bits.to(device))
+        return float(r.min()) * self._config.act_ratio
+
+
+class _Lesson:
+    """One call of ``write``: rounds over a batch of edits until all of them pass."""
+
+    def __init__(
+        self,
+        writer: WiseWriter,
+        shard: OpenShard,
+        new: list[Practice],
+        old: list[Practice],
+        foreign: list[Practice],
+        rng: random.Random,
+    ) -> None:
+        self._config = writer._config
+        self._engine = writer._engine
+        self._margins = writer._margins
+        self._shard = shard
+        self._new, self._old, self._foreign = new, old, foreign
+        self._rng = rng
+        adam = self._config.optimizer == "adam"
+        nnz = int(shard.row_ptr[-1])
+        self._m = torch.zeros(nnz, device=shard.delta.device) if adam else None
+        self._v = torch.zeros(nnz, device=shard.delta.device) if adam else None
+        self._step = 0
+        self.rounds = [0] * len(new)
+        self.settled = [False] * len(new)
+        self.losses: list[dict[str, float]] = [{} for _ in new]
+
+    def run(self) -> None:
+        everyone = range(len(self._new))
+        due = [0] * len(self._new)
+        for number in range(self._config.iterations):
+            if not self._config.early_stop or all(self.settled):
+                looked = list(everyone)
+            else:
+                looked = [i for i in everyone if due[i] <= number]
+            passed = self._round(looked)
+            for i in looked:
+                self.settled[i] = passed[i]
+                due[i] = number + 1 + (_REST if passed[i] else 0)
+                self.rounds[i] += 1
+            # Passing counts only when everyone passed in one and the same round.
+            if self._config.early_stop and all(passed.values()) and len(looked) == len(everyone):
+                break
+
+    def _round(self, looked: list[int]) -> dict[int, bool]:
+        """One pass over rows of the edits looked at; which of them (and -1: replay) passed."""
+        samples = self._draw(looked)
+        samples.sort(key=lambda s: len(s.row))
+        size = self._config.rows_per_step
+        chunks = [samples[i : i + size] for i in range(0, len(samples), size)]
+        self._rng.shuffle(chunks)
+        passed = dict.fromkeys([*looked, -1], True)
+        for chunk in chunks:
+            for sample, ok in zip(chunk, self._learn(chunk), strict=True):
+                passed[sample.owner] &= ok
+        return passed
+
+    def _draw(self, looked: list[int]) -> list[_Sample]:
+        samples = []
+        for i in looked:
+            p = self._new[i]
+            count = min(self._config.contexts_per_round, len(p.contexts))
+            drawn = self._rng.sample(p.contexts, count)
+            samples += [_Sample(i, row, p.unrelated) for row in (p.bare, *drawn)]
+        for p in self._rng.sample(self._old, min(self._config.replay, len(self._old))):
+            samples.append(_Sample(-1, self._rng.choice([p.bare, *p.contexts]), p.unrelated))
+        return samples
+
+    def _learn(self, chunk: list[_Sample]) -> list[bool]:
+        """Score a chunk and, unless all of it is right already, take one optimiser step."""
+        shard, rows = self._shard, [s.row for s in chunk]
+        delta = shard.delta.detach().requires_grad_()
+        output = self._engine.run(rows, delta, shard.mask_bits)
+        labels = label_loss(output, len(rows))
+        total, parts = labels, {"edit": labels.tolist()}
+        ok = greedy_by(output, len(rows), self._config.stop_margin)
+        if self._margins is not None:
+            margin = self._margin(chunk, output.indicator, delta)
+            total, parts["margin"] = labels + margin, margin.tolist()
+            ok &= margin <= 1e-4 * self._margins.beta
+        for i, sample in enumerate(chunk):
+            if sample.owner >= 0:
+                self.losses[sample.owner] = {name: values[i] for name, values in parts.items()}
+        if self._config.early_stop:
+            if bool(ok.all()):
+                return [True] * len(chunk)
+            weights = torch.where(ok, _SETTLED, 1.0)
+            loss = (total * weights).sum() / weights.sum()
+        else:
+            loss = total.mean()
+        (grad,) = torch.autograd.grad(loss, delta)
+        self._update(grad)
+        return [bool(v) for v in ok]
+
+    def _margin(self, chunk: list[_Sample], indicator: Tensor, delta: Tensor) -> Tensor:
+        """Eq. 5 of each row with the unrelated prompt of its edit, and B.3's of foreign edits."""
+        assert self._margins is not None
+        unrelated = [s.unrelated for s in chunk if s.unrelated is not None]
+        count = min(self._config.replay, len(self._foreign))
+        foreign = [p.bare for p in self._rng.sample(self._foreign, count)]
+        r = self._engine.indicator([*unrelated, *foreign], delta, self._shard.mask_bits)
+        loss = margin_loss(indicator, r[: len(unrelated)], self._margins)
+        if foreign:
+            loss = loss + torch.relu(r[len(unrelated) :] - self._margins.alpha).mean()
+        return loss
+
+    def _update(self, grad: Tensor) -> None:
+        c, shard = self._config, self._shard
+        self._step += 1
+        ops.masked_update_(
+            shard.delta,
+            grad,
+            shard.mask_bits,
+            shard.row_ptr,
+            self._m,
+            self._v,
+            lr=c.learning_rate,
+            beta1=c.betas[0],
+            beta2=c.betas[1],
+            step=self._step,
+            clamp=c.clamp,
+        )
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter of the model takes a gradient meanwhile."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    for p in trainable:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in trainable:
+            p.requires_grad_(True)

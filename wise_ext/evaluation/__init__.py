@@ -1,0 +1,13 @@
+"""Measuring an edited model: scoring, greedy generation, the metrics and their report."""
+
+from .generation import generate_answers
+from .metrics import contains, normalise, same_text
+from .report import evaluate
+
+__all__ = [
+    "contains",
+    "evaluate",
+    "generate_answers",
+    "normalise",
+    "same_text",
+]

@@ -1,0 +1,111 @@
+"""Greedy answers, in batches, to the natural stop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+
+from .. import models
+from ..editing.prompts import encode_prompt, stop_token
+from ..errors import ConfigError
+from .scoring import length_batches, pad
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Answer(NamedTuple):
+    """A generated text and the route it took: -1 for the main memory, else a shard."""
+
+    text: str
+    route: int
+
+
+@torch.no_grad()
+def generate_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    chat: bool = False,
+    batch_size: int = 16,
+    max_new_tokens: int = 32,
+    progress: Callable[[int], None] | None = None,
+) -> list[Answer]:
+    """Continue every prompt greedily until the model stops or ``max_new_tokens`` are written.
+
+    Prompts are padded on the left. The checkpoint's own generation settings (sampling, penalties)
+    are set aside, except its stop tokens.
+
+    Args:
+        model: patched or not.
+        tokenizer: its tokenizer.
+        prompts: texts to continue, none empty.
+        chat: put each prompt into the tokenizer's chat template.
+        batch_size: prompts run at once.
+        max_new_tokens: the longest answer, in tokens.
+        progress: called with the number of prompts done.
+
+    Raises:
+        ConfigError: ``batch_size`` or ``max_new_tokens`` is not positive, or there is no chat
+            template.
+        DataError: a prompt is empty.
+    """
+    if batch_size < 1 or max_new_tokens < 1:
+        raise ConfigError("batch size and max_new_tokens must be at least 1")
+    rows = [encode_prompt(tokenizer, prompt, chat) for prompt in prompts]
+    answers: dict[int, Answer] = {}
+    with _plain_greedy(model, tokenizer, max_new_tokens) as pad_id:
+        for batch in length_batches([len(row) for row in rows], batch_size):
+            ids, mask = pad([rows[i] for i in batch], model, left=True, pad_id=pad_id)
+            output = cast(Any, model).generate(input_ids=ids, attention_mask=mask)
+            routes = routes_of(model, len(batch))
+            texts = [
+                tokenizer.decode(
+                    written, skip_special_tokens=True, clean_up_tokenization_spaces=False
+                )
+                for written in output[:, ids.shape[1] :].tolist()
+            ]
+            for index, text, route in zip(batch, texts, routes, strict=True):
+                answers[index] = Answer(str(text), route)
+            if progress is not None:
+                progress(len(batch))
+    return [answers[i] for i in range(len(rows))]
+
+
+def routes_of(model: PreTrainedModel, rows: int) -> list[int]:
+    """The routes of the model's latest decision; all -1 where there is no memory to choose."""
+    latest = models.last_route(model) if models.is_patched(model) else None
+    return [-1] * rows if latest is None else [int(route) for route in latest.tolist()]
+
+
+@contextmanager
+def _plain_greedy(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
+) -> Iterator[int]:
+    """Greedy settings for ``model.generate`` while the block runs; yields the pad token."""
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    stops = own.eos_token_id if own is not None else None
+    stop_ids = {stop_token(tokenizer)}
+    stop_ids.update(stops if isinstance(stops, list) else [] if stops is None else [stops])
+    pad_id = tokenizer.pad_token_id
+    if pad_id is None:
+        pad_id = stop_token(tokenizer)
+    # the whole config is replaced: generate() would fill gaps in a smaller one from the model's
+    plain = cast(Any, GenerationConfig)(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=sorted(stop_ids),
+        pad_token_id=pad_id,
+        bos_token_id=getattr(own, "bos_token_id", None),
+    )
+    model.generation_config = plain
+    try:
+        yield int(pad_id)
+    finally:
+        model.generation_config = own

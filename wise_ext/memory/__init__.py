@@ -1,0 +1,34 @@
+"""Side memories as plain tensors: masks, shards, the packed bank, merging and routing."""
+
+from wise_ext.memory.bank import PackedBank
+from wise_ext.memory.key_index import KeyIndex, pool_tokens
+from wise_ext.memory.masks import (
+    bits_to_bool,
+    bool_to_bits,
+    popcount,
+    random_mask_bits,
+    row_counts,
+)
+from wise_ext.memory.merging import METHODS, merge
+from wise_ext.memory.routing import MAIN, IndicatorRouter, KeyRouter, Router
+from wise_ext.memory.shards import Shard
+from wise_ext.memory.side_memory import SideMemory
+
+__all__ = [
+    "MAIN",
+    "METHODS",
+    "IndicatorRouter",
+    "KeyIndex",
+    "KeyRouter",
+    "PackedBank",
+    "Router",
+    "Shard",
+    "SideMemory",
+    "bits_to_bool",
+    "bool_to_bits",
+    "merge",
+    "pool_tokens",
+    "popcount",
+    "random_mask_bits",
+    "row_counts",
+]

@@ -1,0 +1,147 @@
+"""Routers: which shard, if any, answers a prompt.
+
+A router sees the activation entering the down projection of *its* layer and gives each row of the
+batch a route: a shard, or -1 for main memory. Rows never influence one another, and ``decide``
+consists of tensor operations, so that ``torch.compile`` can trace it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from wise_ext.memory.bank import PackedBank
+from wise_ext.memory.key_index import KeyIndex, PreparedKeys, Whitening, pool_tokens
+
+MAIN = -1
+
+
+@runtime_checkable
+class Router(Protocol):
+    """What a patched model asks of a router.
+
+    Attributes:
+        layer: module path of the down projection whose input decides.
+    """
+
+    layer: str
+
+    def decide(self, a: Tensor, real: Tensor) -> Tensor:
+        """Return the route of each row.
+
+        Args:
+            a: activation entering ``layer``, fp32, bf16 or fp16 ``[B, T, d_in]``.
+            real: bool ``[B, T]``: the tokens that decide (the prompt's, pads left out).
+
+        Returns:
+            int32 ``[B]``: a shard, or -1 for main memory; -1 for a row without a real token.
+        """
+        ...
+
+
+class IndicatorRouter(nn.Module):
+    """The paper's router (Eq. 3, 6): the shard with the largest indicator, if above its threshold.
+
+    The indicator of shard ``i`` is the mean over the real tokens of ``||D_i a_t||_2``. Of equal
+    indicators the first shard counts; an indicator equal to the threshold goes to main memory.
+
+    Args:
+        layer: module path of the edited down projection.
+        bank: the shards; it may be the very bank that the patched layer uses.
+        thresholds: one a shard, ``act_ratio`` included.
+
+    Raises:
+        ValueError: the number of thresholds is not the number of shards.
+    """
+
+    thresholds: Tensor
+
+    def __init__(self, layer: str, bank: PackedBank, thresholds: Sequence[float]) -> None:
+        super().__init__()
+        if len(thresholds) != bank.num_shards:
+            raise ValueError(f"{bank.num_shards} shards need as many thresholds")
+        self.layer = layer
+        self.bank = bank
+        values = torch.tensor(list(thresholds), dtype=torch.float32, device=bank.values.device)
+        self.register_buffer("thresholds", values, persistent=False)
+
+    def indicators(self, a: Tensor, real: Tensor) -> Tensor:
+        """Return every shard's indicator, fp32 ``[B, k]``; arguments as for ``decide``."""
+        batch, tokens, width = a.shape
+        count = self.bank.num_shards
+        device = a.device
+        rows = torch.arange(batch * tokens, dtype=torch.int32, device=device)
+        shards = torch.arange(count, dtype=torch.int32, device=device)
+        norms = self.bank.side_norm(
+            a.reshape(batch * tokens, width),
+            rows.repeat_interleave(count),
+            shards.repeat(batch * tokens),
+        )
+        kept = torch.where(real.unsqueeze(-1), norms.view(batch, tokens, count), 0.0)
+        return kept.sum(1) / real.sum(1, keepdim=True).clamp(min=1)
+
+    def decide(self, a: Tensor, real: Tensor) -> Tensor:
+        """See ``Router.decide``."""
+        if self.bank.num_shards == 0:
+            return _all_main(a)
+        if self.thresholds.device != a.device:
+            self.to(a.device)
+        indicators = self.indicators(a, real)
+        best = indicators.argmax(-1)
+        largest = indicators.gather(-1, best.unsqueeze(-1)).squeeze(-1)
+        inside = (largest > self.thresholds[best]) & real.any(-1)
+        return torch.where(inside, best, MAIN).to(torch.int32)
+
+
+class KeyRouter(nn.Module):
+    """The key index as a router: the shard of the nearest stored edit, if it is near enough.
+
+    Holds a copy of what the index knows when the router is made; a later change of the index
+    needs a new router.
+
+    Args:
+        layer: module path of the down projection whose input is the key.
+        index: the stored keys.
+        radius: cosine above which a prompt belongs to its nearest edit; equal goes to main.
+    """
+
+    projection: Tensor
+    mean: Tensor
+    basis: Tensor
+    shrink: Tensor
+    scale: Tensor
+    keys: Tensor
+    shards: Tensor
+
+    def __init__(self, layer: str, index: KeyIndex, radius: float) -> None:
+        super().__init__()
+        self.layer = layer
+        self.radius = float(radius)
+        prepared = index.prepare()
+        tensors = {"projection": prepared.projection, **prepared.whitening._asdict()}
+        tensors |= {"keys": prepared.keys, "shards": prepared.shards}
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    def nearest(self, a: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cosine, fp32 ``[B]``, and row of the nearest key, int64 ``[B]``."""
+        whitening = Whitening(self.mean, self.basis, self.shrink, self.scale)
+        prepared = PreparedKeys(self.projection, whitening, self.keys, self.shards)
+        return prepared.match(pool_tokens(a, real))
+
+    def decide(self, a: Tensor, real: Tensor) -> Tensor:
+        """See ``Router.decide``."""
+        if self.keys.shape[0] == 0:
+            return _all_main(a)
+        if self.keys.device != a.device:
+            self.to(a.device)
+        cosine, row = self.nearest(a, real)
+        inside = (cosine > self.radius) & real.any(-1)
+        return torch.where(inside, self.shards[row], MAIN).to(torch.int32)
+
+
+def _all_main(a: Tensor) -> Tensor:
+    return torch.full((a.shape[0],), MAIN, dtype=torch.int32, device=a.device)

@@ -1,0 +1,264 @@
+"""The side memory of one edited layer: its shards, and how prompts find them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wise_ext.errors import ConfigError
+from wise_ext.memory.bank import PackedBank
+from wise_ext.memory.key_index import KeyIndex
+from wise_ext.memory.masks import bool_to_bits
+from wise_ext.memory.merging import DEFAULT_DENSITY, merge
+from wise_ext.memory.routing import IndicatorRouter, KeyRouter, Router
+from wise_ext.memory.shards import Shard, check_packed
+
+ROUTINGS = ("key", "indicator")
+VARIANTS = ("retrieve", "merge")
+_BANK = "bank."
+_KEYS = "key_index."
+
+
+@dataclass(eq=False)
+class SideMemory:
+    """All that was learned about one down projection; plain tensors, no model.
+
+    Attributes:
+        layer: module path of the edited down projection.
+        shape: its ``(d_out, d_in)``.
+        shards: sealed shards; a shard's route is its place in this list.
+        routing: ``"key"`` (nearest stored key) or ``"indicator"`` (the paper, Eq. 3-6).
+        key_layer: module path of the projection whose input is the key; before ``layer`` or it.
+        key_index: the stored keys.
+        radius: cosine above which a prompt belongs to its nearest edit.
+        variant: ``"retrieve"`` (shards stay apart) or ``"merge"`` (full ones are merged).
+
+    Raises:
+        ConfigError: routing or variant unknown, or key routing without layer and index.
+        ValueError: a shard of another shape or dtype than the rest.
+    """
+
+    layer: str
+    shape: tuple[int, int]
+    shards: list[Shard] = field(default_factory=list)
+    routing: str = "key"
+    key_layer: str | None = None
+    key_index: KeyIndex | None = None
+    radius: float = 0.5
+    variant: str = "retrieve"
+
+    def __post_init__(self) -> None:
+        if self.routing not in ROUTINGS:
+            raise ConfigError(f"unknown router {self.routing!r}: choose one of {ROUTINGS}")
+        if self.variant not in VARIANTS:
+            raise ConfigError(f"unknown variant {self.variant!r}: choose one of {VARIANTS}")
+        if self.routing == "key" and (self.key_layer is None or self.key_index is None):
+            raise ConfigError("key routing needs key_layer and key_index")
+        if not math.isfinite(self.radius):
+            raise ConfigError(f"the key radius is {self.radius}: give a cosine")
+        self.shape = (int(self.shape[0]), int(self.shape[1]))
+        for shard in self.shards:
+            self._check(shard)
+
+    @property
+    def edit_ids(self) -> list[str]:
+        """All edits, shard by shard."""
+        return [name for shard in self.shards for name in shard.edit_ids]
+
+    def nbytes(self, dtype: torch.dtype | None = None) -> int:
+        """Return the packed size of all shards in bytes, with values of ``dtype``."""
+        return sum(shard.nbytes(dtype) for shard in self.shards)
+
+    def shard_of(self, edit_id: str) -> int | None:
+        """Return the shard that holds an edit, or None."""
+        for index, shard in enumerate(self.shards):
+            if edit_id in shard.edit_ids:
+                return index
+        return None
+
+    def bank(
+        self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> PackedBank:
+        """Return the packed bank of all shards; see ``PackedBank.from_shards``."""
+        return PackedBank.from_shards(self.shards, self.shape, dtype, device)
+
+    def router(self, bank: PackedBank | None = None) -> Router | None:
+        """Return the router of the memory as it is now, or None where there is no shard.
+
+        Args:
+            bank: a bank of these shards for the indicator router to share; by default it makes
+                an fp32 one of its own. A key router needs none.
+        """
+        if not self.shards:
+            return None
+        if self.routing == "key" and self.key_layer is not None and self.key_index is not None:
+            return KeyRouter(self.key_layer, self.key_index, self.radius)
+        thresholds = [shard.threshold for shard in self.shards]
+        return IndicatorRouter(self.layer, bank or self.bank(), thresholds)
+
+    def add_shard(self, shard: Shard) -> int:
+        """Append a shard and return its route.
+
+        Raises:
+            ValueError: its shape or dtype is not that of the memory.
+        """
+        self._check(shard)
+        self.shards.append(shard)
+        return len(self.shards) - 1
+
+    def replace_shard(self, index: int, shard: Shard) -> None:
+        """Put a rebuilt shard in the place of another; keys keep pointing there.
+
+        Raises:
+            ValueError: its shape or dtype is not that of the memory.
+        """
+        self._check(shard)
+        self.shards[index] = shard
+
+    def remove_shard(self, index: int) -> None:
+        """Drop a shard and its keys; later shards move up by one."""
+        del self.shards[index]
+        if self.key_index is not None:
+            count = len(self.shards) + 1
+            self.key_index.renumber([i - (i > index) if i != index else -1 for i in range(count)])
+
+    def merge_shards(
+        self,
+        indices: Sequence[int],
+        method: str = "ties",
+        weights: Sequence[float] | None = None,
+        density: float = DEFAULT_DENSITY,
+        threshold: float | None = None,
+        seed: int = 0,
+    ) -> int:
+        """Merge shards into one (WISE-Merge), which takes the first one's place.
+
+        The new mask is where the merged delta is not zero. Keys of the merged shards point to the
+        new one; the other shards close up.
+
+        Args:
+            indices: distinct shards, at least one, in the order of ``weights``.
+            method: see ``merging.merge``, also for ``weights``, ``density`` and ``seed``.
+            weights: one a shard.
+            density: share of non-zero entries kept.
+            threshold: of the new shard; by default the lowest of the merged ones.
+            seed: of DARE's dropping.
+
+        Returns:
+            The route of the new shard.
+
+        Raises:
+            ConfigError: see ``merging.merge``.
+            ValueError: no shard named, one named twice, or one that does not exist.
+        """
+        count = len(self.shards)
+        chosen = list(indices)
+        if not chosen or len(set(chosen)) != len(chosen):
+            raise ValueError(f"name each shard to merge once, got {chosen}")
+        if not all(0 <= index < count for index in chosen):
+            raise ValueError(f"there are {count} shards, cannot merge {chosen}")
+        parts = [self.shards[index] for index in chosen]
+        delta = merge([part.dense() for part in parts], method, weights, density, seed)
+        low = min(part.threshold for part in parts) if threshold is None else threshold
+        ids = [name for part in parts for name in part.edit_ids]
+        merged = Shard.from_delta(
+            delta.to(parts[0].values.dtype), bool_to_bits(delta != 0), low, ids
+        )
+        place = min(chosen)
+        kept = [i for i in range(count) if i == place or i not in chosen]
+        self.shards = [merged if i == place else self.shards[i] for i in kept]
+        if self.key_index is not None:
+            moved = [kept.index(place if i in chosen else i) for i in range(count)]
+            self.key_index.renumber(moved)
+        return kept.index(place)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Return all tensors by name: the bank, its thresholds (fp64) and the key index."""
+        dtype = self.shards[0].values.dtype if self.shards else torch.float32
+        bank = self.bank(dtype)
+        thresholds = torch.tensor([s.threshold for s in self.shards], dtype=torch.float64)
+        tensors = {
+            f"{_BANK}mask_bits": bank.mask_bits,
+            f"{_BANK}values": bank.values,
+            f"{_BANK}row_ptr": bank.row_ptr,
+            f"{_BANK}thresholds": thresholds,
+        }
+        if self.key_index is not None:
+            for name, tensor in self.key_index.state_tensors().items():
+                tensors[_KEYS + name] = tensor
+        return tensors
+
+    def state_meta(self) -> dict[str, Any]:
+        """Return everything but the tensors, ready for JSON."""
+        return {
+            "layer": self.layer,
+            "shape": list(self.shape),
+            "routing": self.routing,
+            "key_layer": self.key_layer,
+            "radius": self.radius,
+            "variant": self.variant,
+            "shards": [{"edit_ids": list(s.edit_ids), "seed": s.seed} for s in self.shards],
+            "key_index": None if self.key_index is None else self.key_index.state_meta(),
+        }
+
+    @classmethod
+    def from_state(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> SideMemory:
+        """Restore a memory from ``state_tensors`` and ``state_meta``.
+
+        Raises:
+            ValueError: something does not fit (a name of ``tensors`` or ``meta`` that is missing
+                is a ``KeyError``).
+        """
+        d_out, d_in = (int(size) for size in meta["shape"])
+        mask_bits, values, row_ptr, thresholds = (
+            tensors[_BANK + name] for name in ("mask_bits", "values", "row_ptr", "thresholds")
+        )
+        entries = meta["shards"]
+        if mask_bits.dim() != 3 or mask_bits.shape[:2] != (len(entries), d_out):
+            raise ValueError(f"bank: {list(mask_bits.shape)} mask for {len(entries)} shards")
+        if thresholds.dtype != torch.float64 or thresholds.shape != (len(entries),):
+            raise ValueError(f"bank: thresholds must be fp64 [{len(entries)}]")
+        check_packed(mask_bits, values, row_ptr, d_in)
+        shards = []
+        for index, entry in enumerate(entries):
+            pointers = row_ptr[index * d_out : (index + 1) * d_out + 1]
+            shards.append(
+                Shard(
+                    mask_bits[index].clone(),
+                    values[int(pointers[0]) : int(pointers[-1])].clone(),
+                    pointers - pointers[0],
+                    d_in,
+                    float(thresholds[index]),
+                    [str(name) for name in entry["edit_ids"]],
+                    int(entry["seed"]),
+                )
+            )
+        key_index = None
+        if meta["key_index"] is not None:
+            keys = {n.removeprefix(_KEYS): t for n, t in tensors.items() if n.startswith(_KEYS)}
+            key_index = KeyIndex.from_state(keys, meta["key_index"])
+            if bool(((key_index.shards < 0) | (key_index.shards >= len(shards))).any()):
+                raise ValueError(f"key index: a key names none of the {len(shards)} shards")
+        return cls(
+            meta["layer"],
+            (d_out, d_in),
+            shards,
+            meta["routing"],
+            meta["key_layer"],
+            key_index,
+            float(meta["radius"]),
+            meta["variant"],
+        )
+
+    def _check(self, shard: Shard) -> None:
+        if shard.shape != self.shape:
+            raise ValueError(f"the shard is {shard.shape}, {self.layer} is {self.shape}")
+        if self.shards and shard.values.dtype != self.shards[0].values.dtype:
+            raise ValueError(
+                f"the shard holds {shard.values.dtype}, the memory {self.shards[0].values.dtype}"
+            )

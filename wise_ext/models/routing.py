@@ -1,0 +1,216 @@
+"""Routes through a model's forward passes: decided at prefill, held while decoding.
+
+The route of a generation travels on its cache object, so that generations which take turns on one
+model keep theirs, and a copy of a cache keeps its route. Everything here consists of tensor
+operations without a look at their values where torch.compile traces it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wise_ext.errors import ModelError
+from wise_ext.memory import MAIN, Router
+from wise_ext.models.real_tokens import first_tokens, real_tokens
+from wise_ext.nn import RouteState
+
+_HELD = "_wise_ext_route"
+_serials = itertools.count(1)
+
+
+class RouteKnown(Exception):
+    """Raised inside a forward pass that was run for its routes alone."""
+
+
+class Held:
+    """A route some generation keeps: int32 `[B]`, whether it names a shard, and whose it is."""
+
+    def __init__(self, serial: int, route: Tensor, active: bool) -> None:
+        self.serial = serial
+        self.route = route
+        self.active = active
+
+
+class Routing:
+    """The hooks of one patched model.
+
+    Args:
+        model: the patched model; only its configuration is read.
+        body: the module that holds the blocks; its forward pass is what a route belongs to.
+        router: None without shards: every row uses main memory.
+        state: where the routes of the running forward pass are left for the DualLinear.
+    """
+
+    def __init__(
+        self, model: nn.Module, body: nn.Module, router: Router | None, state: RouteState
+    ) -> None:
+        self.state = state
+        self.router = router
+        self.only_routes = False
+        # A route names shards of this patch; a later patch must not take it for its own.
+        self._serial = next(_serials)
+        self._names = tuple(inspect.signature(body.forward).parameters)
+        self._caches_by_default = bool(getattr(getattr(model, "config", None), "use_cache", True))
+        self._held: Held | None = None
+        self._fresh: Tensor | None = None
+        self._generation: _Generation | None = None
+        self._keeper: Any = None
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Pre-hook of the body: hold, force, or make ready to decide."""
+        self._forget()
+        inputs = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        given = inputs.get("input_ids")
+        if given is None:
+            given = inputs.get("inputs_embeds")
+        if given is None:
+            return
+        batch, tokens = given.shape[0], given.shape[1]
+        state = self.state
+        if not state.enabled or self.router is None:
+            state.last_route = torch.full((batch,), MAIN, dtype=torch.int32, device=given.device)
+            return
+        cache = inputs.get("past_key_values")
+        self._keeper = cache
+        past: int | Tensor = 0
+        if cache is not None:
+            past = cache.get_seq_length()
+        elif self._generation is not None and not self._uses_cache(inputs):
+            self._keeper = self._generation
+        if state.forced is not None:
+            self._settle(rows_of(state.forced.to(given.device), batch, "forced routes"))
+            return
+        held = self._held_by(self._keeper)
+        if held is not None:
+            empty = False if cache is None else _is_empty(past)
+            if empty is False or (empty is None and tokens == 1):
+                route = rows_of(held.route, batch, "routes on the cache")
+                state.settle(route, None if torch.compiler.is_compiling() else held.active)
+                return
+            if empty is None and isinstance(past, Tensor):
+                # A used static cache that may have been reset: chosen without waiting for it.
+                self._held, self._fresh = held, past == 0
+        real = real_tokens(inputs.get("attention_mask"), batch, tokens, given.device, past)
+        if self._generation is not None and isinstance(past, int) and past == 0:
+            # An assistant's candidates come along with the prompt, but are no part of it.
+            width = self._generation.prompt_tokens
+            if width is not None and width < tokens:
+                real = real & (torch.arange(tokens, device=real.device) < width)
+        if state.limits is not None:
+            limits = rows_of(state.limits.to(given.device), batch, "prompt lengths")
+            real = first_tokens(real, limits)
+        state.await_decision(real)
+
+    def decide(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Pre-hook of the router's layer: its input decides, where a decision is due."""
+        real = self.state.real
+        if not self.state.decide or real is None or self.router is None:
+            return
+        a: Tensor = args[0] if args else next(iter(kwargs.values()))
+        batch, tokens = real.shape
+        route = self.router.decide(a.detach().reshape(batch, tokens, -1), real.to(a.device))
+        if self._fresh is not None and self._held is not None:
+            kept = rows_of(self._held.route, batch, "routes on the cache")
+            route = torch.where(self._fresh.to(route.device), route, kept.to(route.device))
+        self._settle(route)
+        if self.only_routes:
+            raise RouteKnown
+
+    def end(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """Hook behind the body, also after an error: the route stays on a cache the model made."""
+        route = self.state.route
+        if route is not None and self._keeper is None:
+            cache = _cache_in(output)
+            if cache is not None:
+                self._hold(cache, route)
+        self._forget()
+
+    def release(self, cache: Any) -> None:
+        """Forget the route on a cache that is empty again: what comes next is a new prompt."""
+        if getattr(cache, _HELD, None) is not None and int(cache.get_seq_length()) == 0:
+            setattr(cache, _HELD, None)
+
+    def holds(self, cache: Any) -> bool:
+        """Whether a cache carries a route of this patch."""
+        return self._held_by(cache) is not None
+
+    @contextmanager
+    def generation(self, prompt_tokens: int | None) -> Iterator[None]:
+        """One call of generate, its prompts (with pads) so many tokens wide, if that is known."""
+        outer, self._generation = self._generation, _Generation(prompt_tokens)
+        try:
+            yield
+        finally:
+            self._generation = outer
+
+    def _uses_cache(self, inputs: dict[str, Any]) -> bool:
+        wanted = inputs.get("use_cache")
+        return self._caches_by_default if wanted is None else bool(wanted)
+
+    def _held_by(self, keeper: Any) -> Held | None:
+        held: Held | None = getattr(keeper, _HELD, None)
+        return held if held is not None and held.serial == self._serial else None
+
+    def _settle(self, route: Tensor) -> None:
+        self.state.settle(route)
+        self.state.last_route = route
+        if self._keeper is not None:
+            self._hold(self._keeper, route)
+
+    def _hold(self, keeper: Any, route: Tensor) -> None:
+        active = torch.compiler.is_compiling() or self.state.active
+        setattr(keeper, _HELD, Held(self._serial, route, active))
+
+    def _forget(self) -> None:
+        self.state.clear()
+        self._keeper = None
+        self._held = None
+        self._fresh = None
+
+
+class _Generation:
+    """One call of generate; without a cache object it keeps the route as that would."""
+
+    def __init__(self, prompt_tokens: int | None) -> None:
+        self.prompt_tokens = prompt_tokens
+
+
+def rows_of(values: Tensor, batch: int, what: str) -> Tensor:
+    """Bring one value a row, `[n]`, to `[batch]`: rows multiply when beams or samples do.
+
+    Raises:
+        ModelError: `batch` is not a multiple of n.
+    """
+    count = values.shape[0]
+    if count == batch:
+        return values
+    if count == 0 or batch % count != 0:
+        raise ModelError(f"there are {count} {what} for a batch of {batch} rows: give one a row")
+    return values.unsqueeze(1).expand(count, batch // count).reshape(batch)
+
+
+def _is_empty(past: int | Tensor) -> bool | None:
+    """Whether a cache of this length is empty; None where looking would cost or break a graph."""
+    if not isinstance(past, Tensor):
+        # Spelled out, so that torch.compile makes it a guard and not a symbol.
+        return True if past == 0 else False  # noqa: SIM210
+    if torch.compiler.is_compiling() or past.device.type != "cpu":
+        return None
+    return int(past) == 0
+
+
+def _cache_in(output: Any) -> Any:
+    """The cache a model returns, if it returns one: by name, or somewhere in a tuple."""
+    cache = getattr(output, "past_key_values", None)
+    if cache is None and isinstance(output, tuple):
+        cache = next((part for part in output if hasattr(part, "get_seq_length")), None)
+    return cache if hasattr(cache, "get_seq_length") else None

@@ -1,0 +1,109 @@
+"""Temporary changes of how a patched model routes, and a look at what it decided."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from wise_ext.errors import ModelError
+from wise_ext.models.generation import routes_of
+from wise_ext.models.installed import patch_of
+
+
+@contextmanager
+def prompt_lengths(model: nn.Module, lengths: Sequence[int] | Tensor) -> Iterator[None]:
+    """Score texts by the route their prompts take, as generation would.
+
+    Within the block only the first `lengths[b]` real tokens of row b decide, wherever its pads
+    are; what follows them uses that route.
+
+    Args:
+        model: a patched model.
+        lengths: tokens of each row's prompt, one a row (or one for n rows each).
+
+    Raises:
+        ModelError: the model is not patched, or a length is not a positive whole number.
+    """
+    state = patch_of(model).routing.state
+    limits = torch.as_tensor(lengths).reshape(-1)
+    if limits.is_floating_point() or limits.numel() == 0 or int(limits.min()) < 1:
+        raise ModelError("prompt lengths are counted in tokens: give one number >= 1 a row")
+    outer, state.limits = state.limits, limits.to(torch.int64)
+    try:
+        yield
+    finally:
+        state.limits = outer
+
+
+@contextmanager
+def force_route(model: nn.Module, route: int | Sequence[int] | Tensor) -> Iterator[None]:
+    """Send rows where the caller says, whatever the router would decide.
+
+    Args:
+        model: a patched model.
+        route: a shard, or -1 for main memory: one for all rows, or one a row.
+
+    Raises:
+        ModelError: the model is not patched, or there is no such shard.
+    """
+    installed = patch_of(model)
+    count = len(installed.memory.shards)
+    routes = torch.as_tensor(route).reshape(-1)
+    wrong = [int(r) for r in routes if not -1 <= r < count or r != int(r)]
+    if wrong or routes.numel() == 0:
+        what = f"shard {wrong[0]}" if wrong else "an empty list of routes"
+        raise ModelError(f"cannot force {what}: there are {count} shards (-1 is main memory)")
+    state = installed.routing.state
+    outer, state.forced = state.forced, routes.to(torch.int32)
+    try:
+        yield
+    finally:
+        state.forced = outer
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Within the block a patched model behaves exactly as the unedited one.
+
+    Raises:
+        ModelError: the model is not patched.
+    """
+    state = patch_of(model).routing.state
+    outer, state.enabled = state.enabled, False
+    try:
+        yield
+    finally:
+        state.enabled = outer
+
+
+def last_route(model: nn.Module) -> Tensor | None:
+    """The latest decision of a patched model, int32 `[B]`; None before its first forward pass.
+
+    A row that continues a generation decides nothing; -1 is main memory.
+
+    Raises:
+        ModelError: the model is not patched.
+    """
+    return patch_of(model).routing.state.last_route
+
+
+def decide_routes(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None
+) -> Tensor:
+    """The routes prompts would take; the model runs only as far as that needs.
+
+    Args:
+        model: a patched model.
+        input_ids: `[B, T]`.
+        attention_mask: `[B, T]`, or None where every token is real.
+
+    Returns:
+        int32 `[B]`: a shard, or -1 for main memory.
+
+    Raises:
+        ModelError: the model is not patched.
+    """
+    return routes_of(model, patch_of(model).routing, input_ids, attention_mask)

@@ -1,0 +1,367 @@
+"""What an op accepts, for references and fakes; csrc/check.h says the same for native kernels.
+
+Every failure is a `RuntimeError`, as from torch's own ops, and starts with the op's name.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def words(d_in: int) -> int:
+    """32-bit mask words a row of `d_in` columns takes."""
+    return (d_in + 31) // 32
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `RuntimeError(message)` unless the condition holds."""
+    if not condition:
+        raise RuntimeError(message)
+
+
+def floating(op: str, **tensors: Tensor) -> None:
+    """Each tensor must hold a dtype the ops compute with."""
+    for name, tensor in tensors.items():
+        require(
+            tensor.dtype in FLOATS,
+            f"{op}: {name} must be float32, bfloat16 or float16, got {tensor.dtype}",
+        )
+
+
+def full_precision(op: str, **tensors: Tensor) -> None:
+    """Each tensor must be float32 (float64 too, for the reference)."""
+    for name, tensor in tensors.items():
+        require(
+            tensor.dtype in (torch.float32, torch.float64),
+            f"{op}: {name} must be float32, got {tensor.dtype}",
+        )
+
+
+def integer(op: str, dtype: torch.dtype, **tensors: Tensor) -> None:
+    """Each tensor must have exactly this integer dtype."""
+    name_of = str(dtype).removeprefix("torch.")
+    for name, tensor in tensors.items():
+        require(tensor.dtype == dtype, f"{op}: {name} must be {name_of}, got {tensor.dtype}")
+
+
+def dims(op: str, count: int, **tensors: Tensor) -> None:
+    """Each tensor must have `count` dimensions."""
+    for name, tensor in tensors.items():
+        require(
+            tensor.dim() == count,
+            f"{op}: {name} must have {count} dimension{'s' * (count > 1)}, got {tensor.dim()}",
+        )
+
+
+def same_device(op: str, **tensors: Tensor) -> None:
+    """All tensors must be where the first is."""
+    (first, reference), *others = tensors.items()
+    for name, tensor in others:
+        require(
+            tensor.device == reference.device,
+            f"{op}: {name} is on {tensor.device} but {first} is on {reference.device}; "
+            "all tensors must be on one device",
+        )
+
+
+def contiguous_rows(op: str, name: str, tensor: Tensor) -> None:
+    """A 2-d tensor changed in place may have padding between rows, not inside them."""
+    require(
+        tensor.shape[1] <= 1 or tensor.stride(1) == 1,
+        f"{op}: {name} is changed in place, so its rows must be contiguous",
+    )
+
+
+def mask(op: str, mask_bits: Tensor, d_out: int, d_in: int) -> None:
+    """One shard's mask, int32 [d_out, W]."""
+    integer(op, torch.int32, mask_bits=mask_bits)
+    dims(op, 2, mask_bits=mask_bits)
+    require(
+        mask_bits.shape[0] == d_out,
+        f"{op}: mask_bits has {mask_bits.shape[0]} rows, expected d_out = {d_out}",
+    )
+    require(
+        mask_bits.shape[1] == words(d_in),
+        f"{op}: mask_bits has {mask_bits.shape[1]} words a row, d_in = {d_in} needs {words(d_in)}",
+    )
+
+
+def bank(
+    op: str, x: Tensor, mask_bits: Tensor, values: Tensor, row_ptr: Tensor, d_out: int | None = None
+) -> None:
+    """x [N, d_in] and a bank: mask_bits [k, d_out, W], values [nnz], row_ptr [k*d_out + 1]."""
+    floating(op, x=x, values=values)
+    integer(op, torch.int32, mask_bits=mask_bits)
+    integer(op, torch.int64, row_ptr=row_ptr)
+    dims(op, 2, x=x)
+    dims(op, 3, mask_bits=mask_bits)
+    dims(op, 1, values=values, row_ptr=row_ptr)
+    same_device(op, x=x, mask_bits=mask_bits, values=values, row_ptr=row_ptr)
+    k, rows, width = mask_bits.shape
+    d_in = x.shape[1]
+    require(
+        d_out is None or rows == d_out,
+        f"{op}: mask_bits has {rows} rows a shard, expected d_out = {d_out}",
+    )
+    require(
+        width == words(d_in),
+        f"{op}: mask_bits has {width} words a row, d_in = {d_in} needs {words(d_in)}",
+    )
+    pointers(op, row_ptr, k * rows)
+
+
+def pointers(op: str, row_ptr: Tensor, rows: int) -> None:
+    """row_ptr must be int64 [rows + 1]."""
+    integer(op, torch.int64, row_ptr=row_ptr)
+    dims(op, 1, row_ptr=row_ptr)
+    require(
+        row_ptr.shape[0] == rows + 1,
+        f"{op}: row_ptr must have {rows + 1} entries (one a packed row, plus one), "
+        f"got {row_ptr.shape[0]}",
+    )
+
+
+def pointers_fit(op: str, row_ptr: Tensor, counts: Tensor, values: int) -> None:
+    """The offsets must agree with the mask's set bits and stay inside values (reads the data)."""
+    good = bool((row_ptr.diff() == counts).all()) and int(row_ptr[0]) >= 0
+    require(
+        good and int(row_ptr[-1]) <= values,
+        f"{op}: row_ptr does not match the bits set in mask_bits and the {values} values",
+    )
+
+
+def in_range(op: str, name: str, index: Tensor, low: int, high: int) -> None:
+    """`low <= index <= high` for every entry (reads the data)."""
+    if index.numel() == 0:
+        return
+    smallest, largest = int(index.min()), int(index.max())
+    bad = smallest if smallest < low else largest
+    require(
+        low <= smallest and largest <= high,
+        f"{op}: {name} must be between {low} and {high}, got {bad}",
+    )
+
+
+def route(op: str, route: Tensor, rows: int, device: torch.device) -> None:
+    """route must be int32 [rows] next to x."""
+    integer(op, torch.int32, route=route)
+    dims(op, 1, route=route)
+    require(
+        route.shape[0] == rows,
+        f"{op}: route must have one entry a row of x ({rows}), got {route.shape[0]}",
+    )
+    require(
+        route.device == device,
+        f"{op}: route is on {route.device} but x is on {device}; all tensors must be on one device",
+    )
+
+
+def side(
+    op: str,
+    y: Tensor,
+    x: Tensor,
+    mask_bits: Tensor,
+    values: Tensor,
+    row_ptr: Tensor,
+    routes: Tensor,
+) -> None:
+    """`add_side_`'s arguments: y [N, d_out] next to a bank, x [N, d_in] and one route a row."""
+    dims(op, 2, y=y, x=x)
+    floating(op, y=y)
+    require(y.shape[0] == x.shape[0], f"{op}: y has {y.shape[0]} rows, x has {x.shape[0]}")
+    contiguous_rows(op, "y", y)
+    same_device(op, x=x, y=y)
+    bank(op, x, mask_bits, values, row_ptr, y.shape[1])
+    route(op, routes, x.shape[0], x.device)
+
+
+def linear(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """`F.linear`'s arguments: x [N, d_in], weight [d_out, d_in], bias [d_out], one dtype."""
+    floating(op, x=x, weight=weight)
+    dims(op, 2, x=x, weight=weight)
+    same_device(op, x=x, weight=weight)
+    require(x.dtype == weight.dtype, f"{op}: weight is {weight.dtype} but x is {x.dtype}")
+    require(
+        x.shape[1] == weight.shape[1],
+        f"{op}: x has d_in = {x.shape[1]}, weight has {weight.shape[1]}",
+    )
+    if bias is None:
+        return
+    same_device(op, x=x, bias=bias)
+    require(bias.dtype == x.dtype, f"{op}: bias is {bias.dtype} but x is {x.dtype}")
+    require(
+        tuple(bias.shape) == (weight.shape[0],),
+        f"{op}: bias must have shape [{weight.shape[0]}], got {list(bias.shape)}",
+    )
+
+
+def pairs(
+    op: str,
+    x: Tensor,
+    mask_bits: Tensor,
+    values: Tensor,
+    row_ptr: Tensor,
+    rows: Tensor,
+    shards: Tensor,
+) -> None:
+    """`side_norm`'s arguments: a bank, x, and equally long int32 rows and shards."""
+    bank(op, x, mask_bits, values, row_ptr)
+    integer(op, torch.int32, rows=rows, shards=shards)
+    dims(op, 1, rows=rows, shards=shards)
+    same_device(op, x=x, rows=rows, shards=shards)
+    require(
+        rows.shape == shards.shape,
+        f"{op}: rows has {rows.shape[0]} entries, shards has {shards.shape[0]}",
+    )
+
+
+def train(op: str, x: Tensor, delta: Tensor, mask_bits: Tensor) -> None:
+    """x [N, d_in], delta fp32 [d_out, d_in] and its mask."""
+    floating(op, x=x)
+    full_precision(op, delta=delta)
+    dims(op, 2, x=x, delta=delta)
+    same_device(op, x=x, delta=delta, mask_bits=mask_bits)
+    require(
+        x.shape[1] == delta.shape[1],
+        f"{op}: x has d_in = {x.shape[1]}, delta has {delta.shape[1]}",
+    )
+    mask(op, mask_bits, delta.shape[0], delta.shape[1])
+
+
+def activations(op: str, name: str, tensor: Tensor, rows: int, columns: int) -> None:
+    """`tensor` must be floating point of shape [rows, columns]."""
+    floating(op, **{name: tensor})
+    require(
+        tuple(tensor.shape) == (rows, columns),
+        f"{op}: {name} must have shape [{rows}, {columns}], got {list(tensor.shape)}",
+    )
+
+
+def ties(op: str, deltas: list[Tensor], weights: list[float], density: float) -> None:
+    """Equally shaped float32 deltas, one weight >= 0 each, density in (0, 1]."""
+    require(len(deltas) > 0, f"{op}: needs at least one delta")
+    require(
+        len(weights) == len(deltas),
+        f"{op}: got {len(weights)} weights for {len(deltas)} deltas",
+    )
+    require(
+        all(0 <= weight < float("inf") for weight in weights),
+        f"{op}: weights must be finite and not negative",
+    )
+    require(0 < density <= 1, f"{op}: density must be in (0, 1], got {density}")
+    for index, delta in enumerate(deltas):
+        full_precision(op, **{f"deltas[{index}]": delta})
+        require(
+            delta.shape == deltas[0].shape,
+            f"{op}: deltas[{index}] has shape {list(delta.shape)}, "
+            f"deltas[0] has {list(deltas[0].shape)}",
+        )
+        require(
+            delta.device == deltas[0].device,
+            f"{op}: deltas[{index}] is on {delta.device} but deltas[0] is on "
+            f"{deltas[0].device}; all tensors must be on one device",
+        )
+
+
+def update(
+    op: str,
+    delta: Tensor,
+    grad: Tensor,
+    mask_bits: Tensor,
+    row_ptr: Tensor,
+    m: Tensor | None,
+    v: Tensor | None,
+    step: int,
+) -> None:
+    """`masked_update_` takes float32 [d_out, d_in] tensors, both packed states or neither."""
+    full_precision(op, delta=delta, grad=grad)
+    dims(op, 2, delta=delta)
+    require(delta.is_contiguous(), f"{op}: delta is changed in place, so it must be contiguous")
+    require(
+        grad.shape == delta.shape,
+        f"{op}: grad has shape {list(grad.shape)}, delta has {list(delta.shape)}",
+    )
+    mask(op, mask_bits, delta.shape[0], delta.shape[1])
+    pointers(op, row_ptr, delta.shape[0])
+    same_device(op, delta=delta, grad=grad, mask_bits=mask_bits, row_ptr=row_ptr)
+    require((m is None) == (v is None), f"{op}: give both m and v (Adam) or neither (SGD)")
+    if m is None or v is None:
+        return
+    full_precision(op, m=m, v=v)
+    same_device(op, delta=delta, m=m, v=v)
+    dims(op, 1, m=m, v=v)
+    require(m.is_contiguous() and v.is_contiguous(), f"{op}: m and v must be contiguous")
+    require(
+        m.shape == v.shape,
+        f"{op}: m has {m.shape[0]} entries, v has {v.shape[0]}",
+    )
+    require(step >= 1, f"{op}: step counts from 1, got {step}")
+
+
+def packed_states(op: str, row_ptr: Tensor, counts: Tensor, m: Tensor | None) -> None:
+    """row_ptr must index the packed optimizer states exactly (reads the data)."""
+    total = int(counts.sum()) if m is None else m.shape[0]
+    require(int(row_ptr[0]) == 0, f"{op}: row_ptr must start at 0, one shard at a time")
+    require(
+        int(row_ptr[-1]) == total and bool((row_ptr.diff() == counts).all()),
+        f"{op}: row_ptr does not match the bits set in mask_bits and the {total} values",
+    )
+
+
+def train_backward(
+    op: str,
+    grad_y: Tensor,
+    grad_indicator: Tensor,
+    x: Tensor,
+    delta: Tensor,
+    mask_bits: Tensor,
+    side_output: Tensor,
+    indicator: Tensor,
+) -> None:
+    """The forward's tensors with gradients of their shapes."""
+    train(op, x, delta, mask_bits)
+    rows, d_out = x.shape[0], delta.shape[0]
+    activations(op, "grad_y", grad_y, rows, d_out)
+    activations(op, "side", side_output, rows, d_out)
+    full_precision(op, side=side_output, indicator=indicator, grad_indicator=grad_indicator)
+    same_device(
+        op,
+        x=x,
+        grad_y=grad_y,
+        grad_indicator=grad_indicator,
+        side=side_output,
+        indicator=indicator,
+    )
+    for name, tensor in (("indicator", indicator), ("grad_indicator", grad_indicator)):
+        require(
+            tuple(tensor.shape) == (rows,),
+            f"{op}: {name} must have shape [{rows}], got {list(tensor.shape)}",
+        )
+
+
+def packable(op: str, delta: Tensor, mask_bits: Tensor) -> None:
+    """delta [d_out, d_in] next to its mask."""
+    floating(op, delta=delta)
+    dims(op, 2, delta=delta)
+    same_device(op, delta=delta, mask_bits=mask_bits)
+    mask(op, mask_bits, delta.shape[0], delta.shape[1])
+
+
+def unpackable(op: str, mask_bits: Tensor, values: Tensor, row_ptr: Tensor, d_in: int) -> None:
+    """One shard's packed form; row_ptr int64 [d_out + 1]."""
+    floating(op, values=values)
+    dims(op, 1, values=values)
+    dims(op, 2, mask_bits=mask_bits)
+    same_device(op, values=values, mask_bits=mask_bits, row_ptr=row_ptr)
+    mask(op, mask_bits, mask_bits.shape[0], d_in)
+    pointers(op, row_ptr, mask_bits.shape[0])
+
+
+def kept(density: float, nonzero: int) -> int:
+    """How many of `nonzero` entries TIES keeps: the ceiling, so never none."""
+    return min(nonzero, max(1, math.ceil(density * nonzero)))
