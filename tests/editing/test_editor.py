@@ -75,7 +75,9 @@ def test_same_seed_same_bytes_and_another_seed_others(
     for name, changed in (("one", config), ("two", config), ("three", config.replace(seed=1))):
         Editor(*load(), changed, tmp_path / name).edit(EDITS[:3], progress=False)
     assert _same(tmp_path / "one", tmp_path / "two")
-    assert not filecmp.cmp(tmp_path / "one" / FILES[1], tmp_path / "three" / FILES[1], shallow=False)
+    assert not filecmp.cmp(
+        tmp_path / "one" / FILES[1], tmp_path / "three" / FILES[1], shallow=False
+    )
 
 
 def test_one_at_a_time_each_is_effective_before_the_next(load: Any) -> None:
@@ -190,20 +192,17 @@ def test_the_paper_preset_separates_by_the_indicator(load: Any) -> None:
         "paper", optimizer="adam", early_stop=True, contexts_per_round=1, clamp=9.0, **QUICK
     )
     editor = Editor(model, tokenizer, config)
-    report = editor.edit(
-        [Edit(e.id, e.prompt, e.target_new, locality_prompt="Name a large city.") for e in EDITS[:2]],
-        progress=False,
-    )
+    unrelated = "Name a large city."
+    edits = [Edit(e.id, e.prompt, e.target_new, locality_prompt=unrelated) for e in EDITS[:2]]
+    report = editor.edit(edits, progress=False)
     assert report.unconverged == []
     assert [_answer(model, tokenizer, e.prompt) for e in EDITS[:2]] == ["the Senna", "Ines Hult"]
-    _answer(model, tokenizer, "Name a large city.")
+    _answer(model, tokenizer, unrelated)
     route = wise_ext.last_route(model)
     assert route is not None and route.tolist() == [-1]
 
 
-def test_a_killed_run_resumes_to_the_same_bytes(
-    load: Any, model_dir: Path, tmp_path: Path
-) -> None:
+def test_a_killed_run_resumes_to_the_same_bytes(load: Any, model_dir: Path, tmp_path: Path) -> None:
     """SIGKILL after the third recorded step, resume, compare with the unbroken run."""
     config = WiseConfig(batch_size=1, shard_size=2, **QUICK)
     Editor(*load(), config, tmp_path / "whole").edit(EDITS, progress=False)
@@ -214,7 +213,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from wise_ext import Edit, Editor, WiseConfig
 model = AutoModelForCausalLM.from_pretrained({str(model_dir)!r}).eval()
 tokenizer = AutoTokenizer.from_pretrained({str(model_dir)!r})
-editor = Editor(model, tokenizer, WiseConfig.from_dict({config.to_dict()!r}), {str(tmp_path / "cut")!r})
+config = WiseConfig.from_dict({config.to_dict()!r})
+editor = Editor(model, tokenizer, config, {str(tmp_path / "cut")!r})
 edits = [Edit(*e) for e in {[(e.id, e.prompt, e.target_new) for e in EDITS]!r}]
 def move(done, total):
     if done == 3:

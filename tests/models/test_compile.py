@@ -60,7 +60,7 @@ def test_forward(architecture: str, lab: SimpleNamespace, counter: Counter) -> N
     assert len(counter.graphs) == 1
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gpt2"])
 @torch.no_grad()
 def test_generate_with_a_static_cache(
     architecture: str, lab: SimpleNamespace, counter: Counter
@@ -76,7 +76,8 @@ def test_generate_with_a_static_cache(
         )
         assert last_route(model).tolist() == routes
         assert torch.equal(output, eager)
-    assert len(counter.graphs) == 1
+        # transformers itself needs two where a window slides: as its length, an int, changes.
+        assert len(counter.graphs) == (2 if architecture == "mistral" else 1)
 
 
 @torch.no_grad()

@@ -63,8 +63,9 @@ def test_a_mask_shared_by_all_rows() -> None:
     assert torch.equal(real_tokens(causal(REAL[:1]), 3, 5, CPU), REAL[:1].expand(3, 5))
 
 
-@pytest.mark.parametrize("past", [2, torch.tensor(2)])
+@pytest.mark.parametrize("past", [2, 7, torch.tensor(2), torch.tensor(7)])
 def test_tokens_behind_a_filled_cache(past: int | Tensor) -> None:
+    # With a past of 7 tokens the mask is that of a window which has forgotten some of them.
     assert torch.equal(real_tokens(REAL, 3, 3, CPU, past), REAL[:, 2:])
     rows = causal(REAL)[:, :, 2:]
     assert torch.equal(real_tokens(rows, 3, 3, CPU, past), REAL[:, 2:])

@@ -56,9 +56,7 @@ def test_the_tokenizer(loaded: tuple[Any, Any]) -> None:
     model, tokenizer = loaded
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id == 2
-    assert tokenizer("Born in  1990.").tokens() == (
-        ["B", "orn", "Ġin", "ĠĠ", "1", "9", "9", "0", "."]
-    )
+    assert tokenizer("Born in  1990.").tokens() == (["Born", "Ġin", "ĠĠ", "1", "9", "9", "0", "."])
     for text in ("Blanks,  twice; 007.\n\tTabs", "Zürich, 東京 and 🙂"):
         assert tokenizer.decode(tokenizer(text).input_ids) == text
     chat = [{"role": "user", "content": "Say nothing."}]
@@ -96,7 +94,7 @@ def test_a_route_held_through_generation(smollm2: tuple[Any, Any], lab: SimpleNa
     model, tokenizer = smollm2
     rows = [tokenizer(text).input_ids for text in TEXTS]
     alone = [model.generate(torch.tensor([row]), **GREEDY)[0].tolist() for row in rows]
-    memory = lab.key_memory(model, rows[:2], key_layer=layer_path(model, 4), scale=0.05)
+    memory = lab.key_memory(model, rows[:2], key_layer=layer_path(model, 4), scale=0.4)
     edited = lab.edited_copy(model, memory, 0)
     oracle = edited.generate(torch.tensor([rows[0]]), **GREEDY)[0].tolist()
     del edited

@@ -67,7 +67,7 @@ def test_native_has_to_exist_for_the_device(choice):
     choice("auto")
     assert ops.backend("pack", "meta") == "reference"
     choice("native")
-    with pytest.raises(NativeError, match="no native pack for device type 'meta'.*auto"):
+    with pytest.raises(NativeError, match=r"no native pack for device type 'meta'.*auto"):
         ops.backend("pack", "meta")
 
 
@@ -78,7 +78,7 @@ def test_native_refuses_what_it_cannot_do_and_auto_takes_the_reference(choice, m
     ops.add_side_(y, x, *bank.tensors, route)
     torch.testing.assert_close(y, x @ bank.dense[0].T)
     choice("native")
-    with pytest.raises(RuntimeError, match="add_side_: y must be float32.*got torch.float64"):
+    with pytest.raises(RuntimeError, match=r"add_side_: y must be float32.*got torch.float64"):
         ops.add_side_(y, x, *bank.tensors, route)
 
 

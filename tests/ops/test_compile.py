@@ -9,8 +9,6 @@ from torch.library import opcheck
 from wise_ext import ops
 
 UTILITIES = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-NAMESPACES = ["wise_ext", "wise_ext_reference"]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def arguments(op, make_bank, dtype):
@@ -46,9 +44,17 @@ def arguments(op, make_bank, dtype):
     }[op]
 
 
-@pytest.mark.parametrize("namespace", NAMESPACES)
 @pytest.mark.parametrize("op", ops.OPS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("namespace", "dtype"),
+    [
+        ("wise_ext", torch.float32),
+        ("wise_ext", torch.bfloat16),
+        ("wise_ext", torch.float16),
+        ("wise_ext_reference", torch.float32),
+    ],
+    ids=str,
+)
 def test_opcheck(namespace, op, make_bank, dtype):
     for call in arguments(op, make_bank, dtype):
         opcheck(getattr(getattr(torch.ops, namespace), op).default, call, test_utils=UTILITIES)

@@ -92,8 +92,7 @@ def test_a_zero_norm_has_a_zero_subgradient(provider, shard):
 
 
 def test_gradcheck_in_double(shard):
-    """In double the reference answers, whatever the choice. The mask hides part of delta's gradient,
-    so delta is perturbed inside the mask only."""
+    """In double the reference answers. delta's gradient is masked: perturb it there only."""
     delta, mask_bits, row_ptr = shard(4, 35)
     values, _ = ops.pack(delta.double(), mask_bits)
     mask = mask_of(mask_bits, 35)
@@ -135,7 +134,7 @@ def test_masked_update(provider, shard, shape, adam, clamp):
     delta = torch.where(mask, delta, torch.randn(shape))
     nnz = int(row_ptr[-1])
     m, v = (torch.randn(nnz), torch.rand(nnz)) if adam else (None, None)
-    settings = dict(lr=0.03, beta1=0.9, beta2=0.95, eps=1e-8, step=3, clamp=clamp)
+    settings = {"lr": 0.03, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "step": 3, "clamp": clamp}
     expected = plain_update(delta, grad, mask, m, v, **settings)
     changed, kept_grad = delta.clone(), grad.clone()
     assert ops.masked_update_(changed, grad, mask_bits, row_ptr, m, v, **settings) is None

@@ -26,7 +26,7 @@ from .console import note, say, size_name
 from .files import check_file, check_folder, write_json
 
 if TYPE_CHECKING:
-    from ..editing.editor import EditReport
+    from ..editing.ledger import EditReport
 
 
 def edit(

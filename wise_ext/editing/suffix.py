@@ -115,6 +115,8 @@ class SuffixEngine:
             last = self.blocks[self.index] if self.additive else self.projection
             stack.enter_context(watch(last, "base", seen, entering=False, stop=True))
             run_until_stopped(self.model, ids)
+        # OPT hands its FFN all rows' tokens in one list.
+        seen = {name: _by_row(tensor, len(sequences)) for name, tensor in seen.items()}
         rows = []
         for i, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
             n = len(sequences[i])
@@ -143,7 +145,7 @@ class SuffixEngine:
         seen: dict[str, Tensor] = {}
         with watch(self.key_projection, "key", seen, entering=True, stop=True):
             run_until_stopped(self.model, self._padded(prompts))
-        key = seen["key"].float()
+        key = _by_row(seen["key"], len(prompts)).float()
         return torch.stack([key[i, : len(p)].mean(0) for i, p in enumerate(prompts)])
 
     @torch.no_grad()
@@ -264,6 +266,11 @@ class SuffixEngine:
                 f"{type(self.model).__name__} cannot be replayed above {layer}: logits differ by "
                 f"{float(error):.3g}; name a down projection inside the decoder's block list"
             )
+
+
+def _by_row(tokens: Tensor, rows: int) -> Tensor:
+    """[rows, width, d] from that or from [rows * width, d]."""
+    return tokens.reshape(rows, -1, tokens.shape[-1])
 
 
 def _round_up(width: int) -> int:

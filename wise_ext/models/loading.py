@@ -92,6 +92,8 @@ def load_model(
             model = model.to(target)
         except (RuntimeError, AssertionError) as error:
             raise ModelError(f"cannot move {name} to {device}: {_line(error)}") from error
+    # The name a memory remembers its base by: what the user called it, not where a cache keeps it.
+    model.config.name_or_path = name
     _set_padding(model, tokenizer)
     return model.eval(), tokenizer
 

@@ -38,6 +38,7 @@ class _State:
         self.choice: Choice = "auto"
         self.loaded = False
         self.failure = ""
+        self.kernels: frozenset[tuple[str, str]] = frozenset()  # (op, device type)
 
 
 _state = _State()
@@ -55,7 +56,14 @@ def _load() -> None:
     except Exception as error:
         _state.failure = f"{type(error).__name__}: {error}"
         return
-    if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::add_side_", "CPU"):
+    registered = torch._C._dispatch_has_kernel_for_dispatch_key
+    _state.kernels = frozenset(
+        (op, device_type)
+        for op in SCHEMAS
+        for device_type, key in (("cpu", "CPU"), ("cuda", "CUDA"))
+        if registered(f"{NAMESPACE}::{op}", key)
+    )
+    if _state.kernels:
         _state.loaded = True
     else:
         _state.failure = "it was built from another version and registers no kernels"
@@ -100,7 +108,7 @@ def backend(op: str, device: torch.device | str) -> str:
     if _state.choice == "reference":
         return "reference"
     kind = torch.device(device).type
-    if _has_kernel(op, kind):
+    if _state.loaded and (op, kind) in _state.kernels:
         return "native"
     if _state.choice == "native":
         _need_native()
@@ -142,15 +150,6 @@ def set_cpu_isa(isa: Isa | Literal["auto"]) -> None:
         raise NativeError(
             f"this CPU or this build has no {isa} kernels: choose auto or {ISAS[got]}"
         )
-
-
-def _has_kernel(op: str, device_type: str) -> bool:
-    if not _state.loaded:
-        return False
-    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
-    return key is not None and bool(
-        torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", key)
-    )
 
 
 def _need_native() -> None:

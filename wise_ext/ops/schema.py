@@ -166,14 +166,14 @@ FAKES: dict[str, Callable[..., Any]] = {
 
 
 def _register(namespace: str) -> torch.library.Library:
-    library = torch.library.Library(namespace, "DEF")  # type: ignore[no-untyped-call]
+    library = torch.library.Library(namespace, "DEF")
     # Flat, row-major inputs are what every kernel wants: let inductor keep eager's strides.
     tags = (torch.Tag.needs_exact_strides,)
     for name, schema in SCHEMAS.items():
-        library.define(name + schema, tags=tags)  # type: ignore[no-untyped-call]
+        library.define(name + schema, tags=tags)
         # Autograd lives outside the ops (ops/autograd.py): nothing inside may be recorded.
         function = torch.no_grad()(getattr(reference, name))
-        library.impl(name, function, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+        library.impl(name, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{namespace}::{name}", FAKES[name], lib=library)
     return library
 
@@ -181,4 +181,4 @@ def _register(namespace: str) -> torch.library.Library:
 # A Library unregisters its ops when it is collected: keep both for the life of the process.
 LIBRARIES = (_register(NAMESPACE), _register(REFERENCE_NAMESPACE))
 # Implemented by the native module alone: the instruction set its CPU kernels use (see backends).
-LIBRARIES[0].define("cpu_isa(int force) -> int")  # type: ignore[no-untyped-call]
+LIBRARIES[0].define("cpu_isa(int force) -> int")
