@@ -63,7 +63,7 @@ def test_nearest_matches_brute_force_and_rows_stand_alone(draw: Draw) -> None:
     keys, queries = draw(30, 12), draw(17, 12, seed=1)
     index = _filled(keys, ridge=0.5, background=draw(9, 12, seed=2))
     cosine, row = index.nearest(queries)
-    whitening = fit_whitening(torch.cat([keys, draw(9, 12, seed=2)]), 0.5)
+    whitening = fit_whitening(draw(9, 12, seed=2), 0.5)
     table = torch.nn.functional.cosine_similarity(
         whitening.apply(queries)[:, None], whitening.apply(keys)[None], dim=-1
     )
@@ -96,6 +96,17 @@ def test_adding_and_removing_renew_the_statistics(draw: Draw) -> None:
     assert index.nearest(queries)[0].equal(before)
     assert index.keys.equal(keys[:8])
     assert index.shards.tolist() == list(range(8))
+
+
+def test_with_a_background_no_edit_moves_anothers_distance(draw: Draw) -> None:
+    keys, queries = draw(12, 20), draw(4, 20, seed=1)
+    index = _filled(keys[:8], background=draw(30, 20, seed=2))
+    before = index.nearest(queries)[0]
+    index.add(keys[8:] - 50.0, [3, 3, 3, 3], ["far"] * 4)
+    assert index.nearest(queries)[0].ge(before).all()
+    torch.testing.assert_close(index.nearest(keys[:8])[0], torch.ones(8), rtol=0, atol=1e-5)
+    assert index.remove("far") == 4
+    assert index.nearest(queries)[0].equal(before)
 
 
 def test_renumbering_moves_and_forgets(draw: Draw) -> None:

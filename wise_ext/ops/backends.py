@@ -16,6 +16,7 @@ from typing import Any, Literal, cast
 
 import torch
 
+from wise_ext._build_info import read_build_info
 from wise_ext.errors import ConfigError, NativeError
 from wise_ext.ops.schema import NAMESPACE, REFERENCE_NAMESPACE, SCHEMAS
 
@@ -26,7 +27,7 @@ CHOICES: tuple[Choice, ...] = ("auto", "native", "reference")
 ISAS: tuple[Isa, ...] = ("portable", "avx2", "avx512")
 
 _REBUILD = (
-    "build it with a C++17 compiler on PATH (pip install --no-build-isolation -e . in the "
+    "build it with a C++20 compiler on PATH (pip install --no-build-isolation -e . in the "
     "source tree), or use the torch reference: set_backend('auto') or WISE_BACKEND=auto"
 )
 
@@ -154,9 +155,9 @@ def set_cpu_isa(isa: Isa | Literal["auto"]) -> None:
 
 def _need_native() -> None:
     if not _state.loaded:
-        raise NativeError(
-            f"the native module wise_ext._C cannot be used ({_state.failure}): {_REBUILD}"
-        )
+        # What the build said at the time tells more than a missing file.
+        causes = "; ".join([_state.failure, *read_build_info().reasons])
+        raise NativeError(f"the native module wise_ext._C cannot be used ({causes}): {_REBUILD}")
 
 
 def _from_environment() -> None:
