@@ -39,6 +39,6 @@ def evaluate(
     for earlier, later in find_conflicts(records):
         note(f"conflict: edit {earlier} has the prompt of {later}, which supersedes it")
     report = measure(network, tokenizer, records, chat=chat)
-    metrics_table(f"{len(records)} edits of {edits}", report)
+    metrics_table(f"{len(records)} edits of {edits.name}", report)
     if json is not None:
         write_json(json, report)
