@@ -56,6 +56,7 @@ def test_edits_take_and_survive_a_day(load: Any, tmp_path: Path) -> None:
     report = editor.edit(EDITS, progress=lambda done, total: calls.append((done, total)))
     assert (report.edits, report.shards, report.unconverged) == (5, 1, [])
     assert calls[0] == (0, 5) and calls[-1] == (5, 5)
+    assert {done for done, _ in calls[:-1]} <= {0, 1, 2, 3, 4}
     assert [_answer(model, tokenizer, e.prompt) for e in EDITS] == [e.target_new for e in EDITS]
     assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
     editor.save(tmp_path / "memory")
@@ -230,7 +231,7 @@ editor.edit(edits, progress=move)
     trained: list[int] = []
     editor = Editor(*load(), config, tmp_path / "cut", resume=True)
     editor.edit(EDITS, progress=lambda done, total: trained.append(done))
-    assert trained == [3, 4, 5]
+    assert list(dict.fromkeys(trained)) == [3, 4, 5]
     assert _same(tmp_path / "whole", tmp_path / "cut")
 
 

@@ -33,7 +33,7 @@ def demo(
     from ..editing.config import WiseConfig
     from ..editing.editor import Editor
     from ..editing.edits import demo_edits
-    from ..editing.progress import progress_bar
+    from ..editing.progress import counted, progress_bar
     from ..evaluation import evaluate, generate_answers
     from ..models import load_model
 
@@ -41,8 +41,9 @@ def demo(
     note(f"loading {model} (the first time it is converted, which takes a while)")
     network, tokenizer = load_model(model)
     folder = out or Path(tempfile.mkdtemp(prefix="wise-ext-demo-"))
-    questions = [(e.prompt, e.rephrase_prompt or e.prompt) for e in edits]
-    before = generate_answers(network, tokenizer, [q for pair in questions for q in pair])
+    questions = [text for e in edits for text in (e.prompt, e.rephrase_prompt or e.prompt)]
+    with counted("asking the unedited model", len(questions)) as tick:
+        before = generate_answers(network, tokenizer, questions, progress=tick)
 
     editor = Editor(network, tokenizer, WiseConfig.preset("default"), directory=folder)
     with progress_bar(f"editing {len(edits)} facts") as move:

@@ -47,15 +47,18 @@ def sample_contexts(
     texts = []
     for number in range(count):
         opening = _OPENINGS[number % len(_OPENINGS)]
-        ids = torch.tensor([encode_prompt(tokenizer, opening)], device=device)
-        start = ids.shape[1]
+        ids, cache, written = encode_prompt(tokenizer, opening), None, []
         for _ in range(tokens):
-            logits: Tensor = model(input_ids=ids, use_cache=False).logits[0, -1].float().cpu()
+            step = torch.tensor([ids], device=device)
+            output = model(input_ids=step, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            logits: Tensor = output.logits[0, -1].float().cpu()
             logits[list(tokenizer.all_special_ids)] = -torch.inf
             best = logits.topk(min(_CANDIDATES, logits.numel()))
             drawn = torch.multinomial(best.values.softmax(-1), 1, generator=generator)
-            ids = torch.cat([ids, best.indices[drawn].to(device)[None]], dim=1)
-        text = opening + str(tokenizer.decode(ids[0, start:], skip_special_tokens=True))
+            ids = best.indices[drawn].tolist()
+            written += ids
+        text = opening + str(tokenizer.decode(written, skip_special_tokens=True))
         texts.append(" ".join(text.split()))
     return texts
 

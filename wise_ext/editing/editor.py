@@ -18,8 +18,8 @@ from wise_ext.editing.edits import Edit, find_conflicts
 from wise_ext.editing.ledger import EditReport, check_ids, edit_of, was_trained
 from wise_ext.editing.parts import Parts, count_parts, steps_of
 from wise_ext.editing.progress import progress_bar
-from wise_ext.editing.setup import Workshop
 from wise_ext.editing.wise import OpenShard
+from wise_ext.editing.workshop import Workshop
 from wise_ext.errors import ConfigError, DataError
 from wise_ext.memory import Shard, SideMemory
 from wise_ext.models.patch import disabled, is_patched, patch
@@ -133,7 +133,8 @@ class Editor:
                     move(done, len(edits))
                     room = self.config.shard_size - (len(self._open.edits) if self._open else 0)
                     step = edits[done : done + min(self.config.batch_size, room)]
-                    self._write(step, journal)
+                    told = _part_way(move, done, len(step), len(edits))
+                    self._write(step, journal, told)
                 move(len(edits), len(edits))
             if self._directory is not None:
                 self._save(self._directory, journal)
@@ -194,13 +195,15 @@ class Editor:
 
     # -- training --------------------------------------------------------------------------------
 
-    def _write(self, edits: list[Edit], journal: Journal | None) -> None:
+    def _write(
+        self, edits: list[Edit], journal: Journal | None, progress: Callable[[int], None]
+    ) -> None:
         """One step: train edits into the open part, and record it."""
         part = self._parts.closed
         if self._open is None:
             self._open = self._writer.open(part)
         step = 1 + max((int(e["step"]) for e in self.ledger), default=-1)
-        entries, shard = self._train(self._open, edits, step)
+        entries, shard = self._train(self._open, edits, step, progress)
         self._take(entries, shard, full := len(self._open.edits) >= self.config.shard_size)
         if journal is not None:
             state = {
@@ -210,13 +213,17 @@ class Editor:
             journal.record({"entries": entries}, {} if full else state, state if full else None)
 
     def _train(
-        self, shard: OpenShard, edits: list[Edit], step: int
+        self,
+        shard: OpenShard,
+        edits: list[Edit],
+        step: int,
+        progress: Callable[[int], None] = lambda settled: None,
     ) -> tuple[list[dict[str, Any]], Shard]:
         """Train one step; its ledger entries and the shard sealed as it then is."""
         replaced = {older for older, _ in find_conflicts(edits)}
         kept = [edit for edit in edits if edit.id not in replaced]
         foreign = [edit_of(e) for e in self.ledger if e["part"] < shard.number and was_trained(e)]
-        outcomes = {o.edit.id: o for o in self._writer.write(shard, kept, foreign)}
+        outcomes = {o.edit.id: o for o in self._writer.write(shard, kept, foreign, progress)}
         entries = []
         for edit in edits:
             o = outcomes.get(edit.id)
@@ -373,3 +380,10 @@ def _same_settings(given: WiseConfig | None, stored: WiseConfig, directory: Path
         f"the memory in {directory} was made with {name}={old[name]!r}, not {new[name]!r}: "
         "edit on with its own settings, or choose another directory"
     )
+
+
+def _part_way(
+    move: Callable[[int, int], None], done: int, step: int, total: int
+) -> Callable[[int], None]:
+    """Progress within a step, which is never whole before it is recorded."""
+    return lambda settled: move(done + min(settled, step - 1), total)

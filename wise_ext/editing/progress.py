@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 ProgressCallback = Callable[[int, int], None]
 
@@ -41,3 +41,26 @@ def progress_bar(description: str, shown: bool = True) -> Iterator[ProgressCallb
             bar.update(task, completed=done, total=total)
 
         yield move
+
+
+@contextmanager
+def counted(
+    description: str, total: int, progress: bool | ProgressCallback = True
+) -> Iterator[Callable[[int], None]]:
+    """A bar for work that reports what it has just done: yields ``tick(rows)``.
+
+    Args:
+        description: shown before the bar.
+        total: rows altogether.
+        progress: a bar or none, or a function called with (done, total) instead.
+    """
+    done = 0
+    shown = nullcontext(progress) if callable(progress) else progress_bar(description, progress)
+    with shown as move:
+
+        def tick(rows: int) -> None:
+            nonlocal done
+            done += rows
+            move(done, total)
+
+        yield tick

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -97,7 +97,11 @@ class WiseWriter:
         )
 
     def write(
-        self, shard: OpenShard, edits: Sequence[Edit], foreign: Sequence[Edit] = ()
+        self,
+        shard: OpenShard,
+        edits: Sequence[Edit],
+        foreign: Sequence[Edit] = (),
+        progress: Callable[[int], None] = lambda settled: None,
     ) -> list[Outcome]:
         """Train new edits into an open shard, together, earlier ones of it replayed.
 
@@ -106,6 +110,7 @@ class WiseWriter:
             edits: new ones, of different prompts.
             foreign: edits of other shards, which this one's indicator must stay below alpha for
                 (App. B.3); used where margins are trained.
+            progress: called after each round with the number of new edits that pass so far.
 
         Raises:
             DataError: an edit has no tokens.
@@ -118,7 +123,7 @@ class WiseWriter:
         rng = random.Random(draw_seed(self._config.seed, "draws", shard.number, ids))
         with _frozen(self._engine.model):
             lesson = _Lesson(self, shard, new, old, others, rng)
-            lesson.run()
+            lesson.run(progress)
         shard.edits.extend(edits)
         indicators = self.indicators(shard, [p.bare for p in new])
         return [
@@ -176,7 +181,7 @@ class _Lesson:
         self.settled = [False] * len(new)
         self.losses: list[dict[str, float]] = [{} for _ in new]
 
-    def run(self) -> None:
+    def run(self, progress: Callable[[int], None]) -> None:
         everyone = range(len(self._new))
         due = [0] * len(self._new)
         for number in range(self._config.iterations):
@@ -189,6 +194,7 @@ class _Lesson:
                 self.settled[i] = passed[i]
                 due[i] = number + 1 + (_REST if passed[i] else 0)
                 self.rounds[i] += 1
+            progress(sum(self.settled))
             # Passing counts only when everyone passed in one and the same round.
             if self._config.early_stop and all(passed.values()) and len(looked) == len(everyone):
                 break

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from .. import models
 from ..editing.edits import Edit
-from ..editing.progress import ProgressCallback, progress_bar
+from ..editing.progress import ProgressCallback, counted
 from ..editing.prompts import encode_prompt, encode_target
 from ..errors import ConfigError, DataError
 from .generation import Answer, generate_answers
@@ -72,7 +72,7 @@ def evaluate(
     training = model.training
     model.train(False)
     try:
-        with _counter(progress, _passes(edits)) as tick:
+        with counted("evaluating", _passes(edits), progress) as tick:
             run = _Run(model, tokenizer, chat, batch_size, max_new_tokens, tick)
             rows = _measure(run, edits)
     finally:
@@ -255,25 +255,3 @@ def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
             "generalization": average("unedited_generalization"),
         },
     }
-
-
-@contextmanager
-def _counter(progress: bool | ProgressCallback, total: int) -> Iterator[Callable[[int], None]]:
-    """A function that counts rows and reports (done, total) to wherever ``progress`` says."""
-    done = 0
-
-    def counting(move: ProgressCallback) -> Callable[[int], None]:
-        def tick(rows: int) -> None:
-            nonlocal done
-            done += rows
-            move(done, total)
-
-        return tick
-
-    if callable(progress):
-        yield counting(progress)
-    elif progress:
-        with progress_bar("evaluating") as move:
-            yield counting(move)
-    else:
-        yield lambda rows: None
