@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from wise_ext import __version__, ops
-from wise_ext.cli.console import metrics_table, route_name, size_name, table
+from wise_ext.cli.console import metrics_table, number_of, route_name, size_name, table
 
 LIGHT = """
 import json, sys
@@ -92,7 +92,8 @@ def test_metrics_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert ["generation.locality", "-"] in lines
 
 
-def test_names_of_routes_and_sizes() -> None:
+def test_names_of_routes_counts_and_sizes() -> None:
+    assert [number_of(n, "shard") for n in (0, 1, 2)] == ["0 shards", "1 shard", "2 shards"]
     assert [route_name(route) for route in (None, -1, 0, 7)] == [None, "main", "shard 0", "shard 7"]
     assert [size_name(n) for n in (10, 1536, 3 << 20, 5 << 30)] == [
         "10 B",

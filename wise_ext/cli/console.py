@@ -54,6 +54,11 @@ def route_name(route: int | None) -> str | None:
     return None if route is None else "main" if route < 0 else f"shard {route}"
 
 
+def number_of(count: int, what: str) -> str:
+    """A count in words: ``1 shard``, ``3 shards``."""
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
 def size_name(size: float) -> str:
     """Bytes for people: 1536 → ``1.5 KiB``."""
     for unit in ("B", "KiB", "MiB"):

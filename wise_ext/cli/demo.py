@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from .choices import JsonOption
-from .console import metrics_table, note, route_name, say, size_name, table
+from .console import metrics_table, note, number_of, route_name, say, size_name, table
 from .edit import numbers, remarks
 from .files import check_file, check_folder, write_json
 
@@ -60,8 +60,8 @@ def demo(
     )
     metrics_table("metrics", result)
     say(
-        f"{report.edits} edits in {report.seconds:.0f} s, {report.shards} shards, "
-        f"{size_name(report.memory_bytes)}"
+        f"{number_of(report.edits, 'edit')} in {report.seconds:.0f} s, "
+        f"{number_of(report.shards, 'shard')}, {size_name(report.memory_bytes)}"
     )
     say(f"saved in {folder}", style="green")
     ask = f'--show-route --prompt "{edits[0].prompt}"'

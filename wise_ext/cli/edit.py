@@ -22,7 +22,7 @@ from .choices import (
     RouterKind,
     Variant,
 )
-from .console import note, say, size_name
+from .console import note, number_of, say, size_name
 from .files import check_file, check_folder, write_json
 
 if TYPE_CHECKING:
@@ -147,8 +147,8 @@ def remarks(report: EditReport) -> None:
 def _print(report: EditReport, out: Path) -> None:
     remarks(report)
     say(
-        f"{report.edits} edits in {report.seconds:.1f} s "
+        f"{number_of(report.edits, 'edit')} in {report.seconds:.1f} s "
         f"({report.seconds / max(report.edits, 1):.2f} s an edit, {report.iterations} iterations), "
-        f"{report.shards} shards, {size_name(report.memory_bytes)}"
+        f"{number_of(report.shards, 'shard')}, {size_name(report.memory_bytes)}"
     )
     say(f"saved in {out}", style="green")
