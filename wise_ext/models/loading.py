@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
+import huggingface_hub
 import torch
 import transformers
 from torch import nn
@@ -201,9 +202,12 @@ def _line(error: BaseException) -> str:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """No progress bars, warnings or log lines from loading; errors still raise."""
-    log = cast(Any, transformers.utils.logging)
+    log, hub = cast(Any, transformers.utils.logging), cast(Any, huggingface_hub.utils.logging)
     verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    hub_verbosity = hub.get_verbosity()
     log.set_verbosity_error()
+    # An unreachable hub is retried for a while, and says so each time.
+    hub.set_verbosity_error()
     log.disable_progress_bar()
     try:
         # The GGUF reader draws its bar with plain tqdm, straight to stderr.
@@ -212,5 +216,6 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         log.set_verbosity(verbosity)
+        hub.set_verbosity(hub_verbosity)
         if bars:
             log.enable_progress_bar()
