@@ -143,6 +143,25 @@ def test_undo_of_the_only_edit_leaves_nothing(load: Any) -> None:
     assert _answer(model, tokenizer, EDITS[0].prompt) == unedited
 
 
+@pytest.mark.parametrize("group", [1, 2])
+def test_editing_goes_on_after_full_shards_were_emptied(
+    load: Any, tmp_path: Path, group: int
+) -> None:
+    model, tokenizer = load()
+    config = WiseConfig(shard_size=1, shards_per_merge=group, batch_size=1, **QUICK)
+    editor = Editor(model, tokenizer, config, tmp_path / "m")
+    editor.edit(EDITS[:4], progress=False)
+    for gone in "dc":
+        editor.undo(gone)
+    editor.edit(EDITS[4:], progress=False)
+    assert all(check.ok for check in wise_ext.storage.verify(tmp_path / "m"))
+    assert _answer(model, tokenizer, EDITS[4].prompt) == EDITS[4].target_new
+    assert editor.memory.shard_of("e") == len(editor.memory.shards) - 1
+    again = Editor.open(*load(), tmp_path / "m")
+    again.undo("e")
+    assert again.memory.edit_ids == ["a", "b"]
+
+
 @pytest.mark.parametrize("variant", ["retrieve", "merge"])
 def test_merging_and_its_undo(load: Any, tmp_path: Path, variant: str) -> None:
     config = WiseConfig(
@@ -203,9 +222,14 @@ def test_the_paper_preset_separates_by_the_indicator(load: Any) -> None:
     assert route is not None and route.tolist() == [-1]
 
 
-def test_a_killed_run_resumes_to_the_same_bytes(load: Any, model_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "shards", [{"shard_size": 2}, {"shard_size": 1, "shards_per_merge": 2, "variant": "merge"}]
+)
+def test_a_killed_run_resumes_to_the_same_bytes(
+    load: Any, model_dir: Path, tmp_path: Path, shards: dict[str, Any]
+) -> None:
     """SIGKILL after the third recorded step, resume, compare with the unbroken run."""
-    config = WiseConfig(batch_size=1, shard_size=2, **QUICK)
+    config = WiseConfig(batch_size=1, **shards, **QUICK)
     Editor(*load(), config, tmp_path / "whole").edit(EDITS, progress=False)
     script = f"""
 import os, signal, sys

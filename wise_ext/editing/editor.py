@@ -176,7 +176,7 @@ class Editor:
         entry = next((e for e in self.ledger if e["id"] == edit_id), None)
         if entry is None:
             raise DataError(f"the memory has no edit {edit_id!r}: `wise-ext show` lists them")
-        total = count_parts(self.ledger)
+        total = max(count_parts(self.ledger), self._parts.closed)
         parts = self._parts.beside(entry["part"], total)
         if self.config.margins and self.config.replay:
             parts = list(range(parts[0], total))
@@ -185,8 +185,9 @@ class Editor:
         last = self._parts.slot(parts[-1])
         with self._bare_model():
             self.memory.shards[first : last + 1] = self._retrained(parts)
-        if (self.ledger and count_parts(self.ledger) < total) or not self.ledger:
-            del self.memory.shards[self._parts.slot(count_parts(self.ledger)) :]
+        # A part that is full keeps its place when it empties; the open one never was, then.
+        if total > max(count_parts(self.ledger), self._parts.closed):
+            del self.memory.shards[-1]
         self._renumber()
         self._reopen()
         patch(self.model, self.memory)
