@@ -25,7 +25,7 @@ RECORDS = DATA / "zsre_wise_edit.dev.jsonl"
     not RECORDS.is_file(), reason=f"no {RECORDS.name}: name its folder in WISE_EXT_DATA"
 )
 def test_twenty_records_take_and_nothing_else_moves() -> None:
-    """Records no setting was chosen on; bounds as for the first hundred, a little looser."""
+    """Not the records the training settings were chosen on; bounds a little looser than there."""
     model, tokenizer = load_model("smollm2")
     edits = read_edits(RECORDS, limit=20, offset=300)
     report = Editor(model, tokenizer, WiseConfig()).edit(edits, progress=False)
