@@ -101,7 +101,8 @@ class Editor:
         Raises:
             StorageError: there is none, it is damaged, or of another base model.
         """
-        load_memory_dir(directory)
+        if not holds_memory(directory):
+            load_memory_dir(directory)  # raises, and says what is missing
         return cls(model, tokenizer, directory=directory)
 
     def edit(
