@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip
 # One thread a process: small models gain nothing from more.
 PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist loadfile
 
-NATIVE := $(wildcard csrc/*.cpp csrc/*.h kernels/cpu/*.cpp kernels/cpu/*.h \
+NATIVE := $(wildcard csrc/*.cpp csrc/*.h kernels/*.h kernels/cpu/*.cpp kernels/cpu/*.h \
 	kernels/cuda/*.cu kernels/cuda/*.h kernels/cuda/*.cuh)
 
 .PHONY: demo test lint format build clean

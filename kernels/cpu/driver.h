@@ -42,8 +42,6 @@ void run(ParallelFor parallel, int64_t count, int64_t grain, const F& body) {
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-inline std::size_t size_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
-
 // Items of `cost` operations each that make up about twenty microseconds: less is not worth a
 // second thread.
 inline int64_t grain_for(int64_t cost) { return divide_up(32768, cost > 0 ? cost : 1); }

@@ -5,40 +5,16 @@
 
 #include <cstdint>
 
+#include "kernels/types.h"
+
 namespace wise {
 
-enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kBest = 3 };
-
-inline constexpr int kDtypes = 3;
 
 // Runs body(begin, end, context) over the pieces of [0, count), in parallel. `grain` is the least
 // number of items worth a thread. Results never depend on where the pieces are cut.
 using Body = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = void (*)(int64_t count, int64_t grain, Body body, void* context);
-
-// A 2-d activation matrix of any of the three dtypes; strides count elements.
-struct Matrix {
-  const void* data;
-  Dtype dtype;
-  int64_t rows;
-  int64_t columns;
-  int64_t row_stride;
-  int64_t column_stride;
-};
-
-// The packed rows of a bank (or of one shard): see docs/ops.md. `rows` is per shard.
-struct Packed {
-  const uint32_t* mask;
-  const void* values;
-  Dtype dtype;
-  const int64_t* row_ptr;
-  int64_t shards;
-  int64_t rows;
-  int64_t columns;
-  int64_t words;  // mask words a row
-  int64_t count;  // values in all
-};
 
 struct Update {
   float* delta;
