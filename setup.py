@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import Any
 
 import setuptools
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -139,6 +139,8 @@ def cmake_arguments(facts: Any, plan: Any, torch: dict[str, Any]) -> list[str]:
         "WISE_WITH_CUDA": "ON" if plan.cuda else "OFF",
         "WISE_CUDA_ARCHS": plan.cuda_archs.replace(";", " "),
         "WISE_CUDA_GENCODE": ";".join(plan.gencode),
+        "WISE_TESTING": "ON" if os.environ.get("WISE_TESTING") == "1" else "OFF",
+        "WISE_SANITIZE": os.environ.get("WISE_SANITIZE", ""),
     }
     if "CXX" not in os.environ:
         definitions["CMAKE_CXX_COMPILER"] = facts.compiler
@@ -214,7 +216,8 @@ class CMakeBuild(build_ext):
         # Not build_temp, which pip's editable installs throw away: a rebuild is incremental. By
         # kind, so that choosing another kind and coming back costs nothing.
         kind = "cuda" if plan.cuda else "cpu"
-        folder = ROOT / "build" / f"native-{sys.implementation.cache_tag}" / kind
+        purpose = os.environ.get("WISE_SANITIZE") or "native"
+        folder = ROOT / "build" / f"{purpose}-{sys.implementation.cache_tag}" / kind
         folder.mkdir(parents=True, exist_ok=True)
         configure = [facts.cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(folder)]
         if cache_is_stale(folder):
@@ -280,6 +283,10 @@ if __name__ == "__main__":
             f"pip install -U 'setuptools>={SETUPTOOLS_OLDEST}'"
         )
     setup(
+        # The Triton kernels live with the other kernels. A package directly in kernels/ would
+        # shadow Hugging Face's package of that name.
+        packages=[*find_packages(include=["wise_ext", "wise_ext.*"]), "wise_ext.triton_kernels"],
+        package_dir={"wise_ext.triton_kernels": "kernels/triton"},
         ext_modules=[Extension("wise_ext._C", sources=[])],
         cmdclass={"build_ext": CMakeBuild},
     )

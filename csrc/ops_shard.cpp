@@ -46,31 +46,11 @@ Tensor unpack_op(const Tensor mask_bits, const Tensor values, const Tensor row_p
 Tensor ties_merge_op(const std::vector<Tensor> deltas, const std::vector<double> weights,
                      double density) {
   const char* op = "ties_merge";
-  require(!deltas.empty(), op, ": needs at least one delta");
-  require(weights.size() == deltas.size(), op, ": got ", weights.size(), " weights for ",
-          deltas.size(), " deltas");
-  std::vector<float> single_weights;
-  for (const double weight : weights) {
-    require(weight >= 0.0 && weight < std::numeric_limits<double>::infinity(), op,
-            ": weights must be finite and not negative");
-    single_weights.push_back(static_cast<float>(weight));
-  }
-  require(density > 0.0 && density <= 1.0, op, ": density must be in (0, 1], got ", density);
   const NoGrad no_grad;
-  std::vector<Tensor> held;
-  std::vector<const float*> data;
-  for (std::size_t i = 0; i < deltas.size(); ++i) {
-    const std::string name = "deltas[" + std::to_string(i) + "]";
-    require_type({op, name.c_str()}, deltas[i], ScalarType::Float);
-    require_cpu({op, name.c_str()}, deltas[i]);
-    require(sizes_of(deltas[i]) == sizes_of(deltas[0]), op, ": ", name, " has shape [",
-            sizes_of(deltas[i]), "], deltas[0] has [", sizes_of(deltas[0]), "]");
-    held.push_back(torch::stable::contiguous(deltas[i]));
-    data.push_back(static_cast<const float*>(held.back().const_data_ptr()));
-  }
-  Tensor merged = torch::stable::new_empty(held[0], held[0].sizes());
-  ties_merge(data.data(), single_weights.data(), static_cast<int64_t>(data.size()), merged.numel(),
-             density, static_cast<float*>(merged.mutable_data_ptr()), parallel_for);
+  const HeldDeltas held = hold_deltas(op, deltas, weights, density);
+  Tensor merged = torch::stable::new_empty(held.held[0], held.held[0].sizes());
+  ties_merge(held.data.data(), held.weights.data(), static_cast<int64_t>(held.data.size()),
+             merged.numel(), density, static_cast<float*>(merged.mutable_data_ptr()), parallel_for);
   return merged;
 }
 

@@ -1,6 +1,5 @@
-// Products with the packed bank: add_side_ and its backward, dual_linear, side_norm.
-#include <array>
-
+// Products with the packed bank: add_side_ and its backward, dual_linear, side_norm;
+// and with sketches of it: sketch_norm.
 #include "csrc/check.h"
 
 namespace wise {
@@ -51,25 +50,8 @@ Tensor dual_linear(const Tensor x, const Tensor weight, const std::optional<Tens
                    const Tensor mask_bits, const Tensor values, const Tensor row_ptr,
                    const Tensor route) {
   const char* op = "dual_linear";
-  const Matrix in = matrix_of({op, "x"}, x);
-  const Matrix base = matrix_of({op, "weight"}, weight);
-  require(in.dtype == base.dtype, op, ": weight is ", name_of(weight.scalar_type()), " but x is ",
-          name_of(x.scalar_type()));
-  require(in.columns == base.columns, op, ": x has d_in = ", in.columns, ", weight has ",
-          base.columns);
-  if (bias.has_value()) {
-    require_cpu({op, "bias"}, *bias);
-    require(bias->scalar_type() == x.scalar_type(), op, ": bias is ", name_of(bias->scalar_type()),
-            " but x is ", name_of(x.scalar_type()));
-    require(bias->dim() == 1 && bias->size(0) == base.rows, op, ": bias must have shape [",
-            base.rows, "], got [", sizes_of(*bias), "]");
-  }
   const NoGrad no_grad;
-  using torch::stable::detail::from;
-  std::array<StableIValue, 3> stack{from(x), from(weight), from(bias)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-  const Tensor y = torch::stable::detail::to<Tensor>(stack[0]);
+  const Tensor y = linear(op, x, weight, bias);
   add_side_(y, x, mask_bits, values, row_ptr, route);
   return y;
 }
@@ -96,6 +78,22 @@ Tensor side_norm_op(const Tensor x, const Tensor mask_bits, const Tensor values,
   return norms;
 }
 
+Tensor sketch_norm_op(const Tensor x, const Tensor sketch) {
+  const char* op = "sketch_norm";
+  const Matrix in = matrix_of({op, "x"}, x);
+  const Dtype dtype = dtype_of({op, "sketch"}, sketch);
+  require_dims({op, "sketch"}, sketch, 3);
+  require_cpu({op, "sketch"}, sketch);
+  require(in.columns == sketch.size(2), op, ": x has d_in = ", in.columns, ", sketch has ",
+          sketch.size(2));
+  const NoGrad no_grad;
+  const Tensor held = torch::stable::contiguous(sketch);
+  Tensor norms = torch::stable::new_empty(x, {in.rows, sketch.size(0)}, ScalarType::Float);
+  sketch_norm(in, held.const_data_ptr(), dtype, sketch.size(0), sketch.size(1),
+              static_cast<float*>(norms.mutable_data_ptr()), parallel_for);
+  return norms;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(wise_ext, CPU, m) {
@@ -103,6 +101,7 @@ STABLE_TORCH_LIBRARY_IMPL(wise_ext, CPU, m) {
   m.impl("add_side_backward", TORCH_BOX(&add_side_backward_op));
   m.impl("dual_linear", TORCH_BOX(&dual_linear));
   m.impl("side_norm", TORCH_BOX(&side_norm_op));
+  m.impl("sketch_norm", TORCH_BOX(&sketch_norm_op));
 }
 
 }  // namespace wise

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from hypothesis import settings
@@ -14,6 +16,9 @@ __all__ = ["architecture", "lab", "model_dir"]
 settings.register_profile("wise", deadline=None)
 settings.load_profile("wise")
 torch.set_num_threads(1)
+
+if os.environ.get("WISE_TEST_DEVICE") == "cuda" and not torch.cuda.is_available():
+    pytest.exit("make gpu needs a CUDA device that torch can see; make test needs none", 1)
 
 
 @pytest.fixture(autouse=True)

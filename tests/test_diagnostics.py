@@ -41,7 +41,7 @@ def test_the_choice_in_force_is_what_is_shown() -> None:
 
 
 def test_an_unavailable_explicit_choice_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(op: str, device: str) -> str:
+    def refuse(op: str, device: str, rows: int = 1) -> str:
         raise NativeError(f"no {op} for {device}: choose auto")
 
     monkeypatch.setattr(ops, "backend", refuse)

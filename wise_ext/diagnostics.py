@@ -108,20 +108,26 @@ def _version(package: str) -> str | None:
 
 
 def _choice(op: str, device: str) -> dict[str, str]:
-    """Which backend `op` takes on a device type, and why not another."""
+    """Which backend `op` takes on a device type, for few rows and for many, and why not another."""
     try:
-        backend = ops.backend(op, device)
+        few, many = (ops.backend(op, device, rows) for rows in (1, sys.maxsize))
     except WiseError as error:
         return {"backend": "none", "why": str(error)}
-    if backend == "native":
+    if few != many:
+        why = f"CUDA kernel up to {ops.FEW_ROWS} rows, beyond them {many}"
+    elif few == "native":
         why = f"C++ kernel, {ops.cpu_isa()}" if device == "cpu" else "CUDA kernel"
+    elif few == "triton":
+        why = f"Triton kernel; {ops.why(op, device, 'native') or 'it was chosen'}"
     elif ops.get_backend() == "reference":
         why = "the torch reference was chosen"
     elif not ops.native_loaded():
         why = "the native module is not loaded"
+    elif device == "cuda" and not torch.cuda.is_available():
+        why = "there is no CUDA device"
     else:
-        why = f"there is no native {device} kernel of this op"
-    return {"backend": backend, "why": why}
+        why = ops.why(op, device, "native")
+    return {"backend": few, "why": why}
 
 
 def _wrap(words: list[str], width: int = 96) -> list[str]:

@@ -15,6 +15,7 @@ Isa best_isa() {
                     __builtin_cpu_supports("f16c") && __builtin_cpu_supports("popcnt");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (avx2 && avx512 && __builtin_cpu_supports("avx512vbmi2")) return Isa::kAvx512Vbmi2;
   if (avx2 && avx512) return Isa::kAvx512;
   if (avx2) return Isa::kAvx2;
 #endif
@@ -39,6 +40,8 @@ Isa force_isa(Isa isa) {
 const Table& table() {
 #if defined(__x86_64__)
   switch (current_isa()) {
+    case Isa::kAvx512Vbmi2:
+      return kAvx512Vbmi2Table;
     case Isa::kAvx512:
       return kAvx512Table;
     case Isa::kAvx2:

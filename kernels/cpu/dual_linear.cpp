@@ -11,37 +11,22 @@ namespace wise {
 bool add_side(const Packed& bank, const Matrix& x, void* y, Dtype y_dtype, int64_t y_stride,
               const int32_t* route, ParallelFor parallel) {
   const Groups groups(route, x.rows, bank.shards);
-  const Table& kernels = table();
-  const int dtype = static_cast<int>(bank.dtype);
-  const auto add = kernels.add_rounded[static_cast<int>(y_dtype)];
+  const auto add = table().add_rounded[static_cast<int>(y_dtype)];
   const int64_t y_size = static_cast<int64_t>(size_of(y_dtype));
-  RoutedRows routed(x, bank.words, groups.total());
+  RoutedRows routed(x, bank, groups.total());
   std::atomic<bool> good{true};
   for (int64_t first = 0; first < groups.total(); first += kMaxRows) {
     const int64_t last = first + kMaxRows < groups.total() ? first + kMaxRows : groups.total();
-    routed.widen(groups.order() + first, last - first, parallel);
-    const int64_t blocks = divide_up(bank.rows, kBlockRows);
-    const int64_t cost = kBlockRows * bank.columns / 8 * (last - first);
-    run(parallel, blocks, grain_for(cost), [&](int64_t begin, int64_t end) {
-      const Buffer<float> scratch = buffer<float>(kScratch);
-      const Buffer<float> side = buffer<float>(kBlockRows * kMaxRows);
-      groups.each(first, last, [&](int64_t shard, int64_t from, int64_t to) {
-        const int64_t n = to - from;
-        for (int64_t block = begin; block < end; ++block) {
-          const int64_t r0 = block * kBlockRows;
-          const int64_t r1 = r0 + kBlockRows < bank.rows ? r0 + kBlockRows : bank.rows;
-          const int64_t base = shard * bank.rows;
-          if (!kernels.side_dots[dtype](bank, base + r0, base + r1, routed.rows() + from - first, n,
-                                        scratch.get(), side.get())) {
-            good = false;
-            return;
-          }
-          for (int64_t i = 0; i < n; ++i) {
-            char* row = static_cast<char*>(y) + groups.order()[from + i] * y_stride * y_size;
-            add(row + r0 * y_size, side.get() + i, n, r1 - r0);
-          }
-        }
-      });
+    routed.gather(groups, first, last, groups.order() + first, parallel);
+    const auto add_to_y = [&](int64_t from, int64_t to, int64_t r0, int64_t r1, const float* side) {
+      for (int64_t i = from; i < to; ++i) {
+        char* row = static_cast<char*>(y) + groups.order()[i] * y_stride * y_size;
+        add(row + r0 * y_size, side + i - from, to - from, r1 - r0);
+      }
+    };
+    const int64_t cost = bank.columns / 8 * (last - first);
+    run(parallel, bank.rows, grain_for(cost), [&](int64_t begin, int64_t end) {
+      if (!each_product(bank, groups, first, last, routed, begin, end, add_to_y)) good = false;
     });
   }
   return good;

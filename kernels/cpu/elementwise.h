@@ -16,6 +16,19 @@ void widen(const void* source, int64_t stride, int64_t count, float* target) {
   for (; i < count; ++i) target[i] = to_float(from[i * stride]);
 }
 
+// x in the order that products with packed values of T take it: word by word, the even columns
+// before the odd ones.
+template <typename T, typename V = Vec>
+void arrange(float* x, int64_t words) {
+  if constexpr (kSplits<T>) {
+    for (; words > 0; --words, x += 32) V::split(x);
+  }
+}
+
+// Null where x is taken as it is.
+template <typename T>
+inline constexpr void (*kArrange)(float* x, int64_t words) = kSplits<T> ? arrange<T> : nullptr;
+
 template <typename T>
 void add_rounded(void* y, const float* side, int64_t side_stride, int64_t count) {
   T* out = static_cast<T*>(y);

@@ -21,6 +21,10 @@ struct Float16 {
   uint16_t bits;
 };
 
+// Whether expanding a mask word of T values gives the even and the odd columns, not two halves.
+template <typename T>
+inline constexpr bool kSplits = false;
+
 inline float as_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);

@@ -9,7 +9,7 @@
 
 namespace wise {
 
-enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kBest = 3 };
+enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Vbmi2 = 3, kBest = 4 };
 
 // Runs body(begin, end, context) over the pieces of [0, count), in parallel. `grain` is the least
 // number of items worth a thread. Results never depend on where the pieces are cut.
@@ -47,6 +47,9 @@ struct Update {
 [[nodiscard]] bool side_norm(const Packed& bank, const Matrix& x, const int32_t* rows,
                              const int32_t* shards, int64_t pairs, float* norms,
                              ParallelFor parallel);
+// norms[n * shards + s] = ||S_s x[n]||_2; sketch is [shards, rank, x.columns].
+void sketch_norm(const Matrix& x, const void* sketch, Dtype dtype, int64_t shards, int64_t rank,
+                 float* norms, ParallelFor parallel);
 [[nodiscard]] bool masked_update(const Update& update, ParallelFor parallel);
 [[nodiscard]] bool unpack(const Packed& shard, void* delta, ParallelFor parallel);
 

@@ -43,43 +43,111 @@ class Groups {
   std::vector<int64_t> order_;
 };
 
-// Up to kMaxRows rows of x, each as 32 * words floats: x itself where it already is that.
+// Up to kMaxRows rows of x as the products with a bank take them, or those with dense rows: fp32,
+// padded to whole words, and group by group, in tiles of columns if they are many. A row that is
+// alone in its group is x's own memory where that will do.
 class RoutedRows {
  public:
-  RoutedRows(const Matrix& x, int64_t words, int64_t most)
-      : x_(x),
-        width_(32 * words),
-        direct_(x.dtype == Dtype::kFloat32 && x.column_stride == 1 && x.columns == width_),
-        copy_(buffer<float>(direct_ ? 0 : (most < kMaxRows ? most : kMaxRows) * width_)) {}
+  RoutedRows(const Matrix& x, const Packed& bank, int64_t most)
+      : RoutedRows(x, table().arrange[static_cast<int>(bank.dtype)], most) {}
+  RoutedRows(const Matrix& x, int64_t most) : RoutedRows(x, nullptr, most) {}
 
-  void widen(const int64_t* order, int64_t count, ParallelFor parallel) {
-    const int64_t size = static_cast<int64_t>(size_of(x_.dtype));
-    const char* data = static_cast<const char*>(x_.data);
-    if (direct_) {
-      for (int64_t i = 0; i < count; ++i) {
-        rows_[i] = reinterpret_cast<const float*>(data + order[i] * x_.row_stride * size);
+  // The groups within places [first, last), whose rows of x are which[0], which[1], ...
+  void gather(const Groups& groups, int64_t first, int64_t last, const int64_t* which,
+              ParallelFor parallel) {
+    groups.each(first, last, [&](int64_t, int64_t from, int64_t to) {
+      const int64_t place = from - first;
+      const int64_t n = to - from;
+      if (n == 1 && direct_) {
+        starts_[place] = static_cast<const float*>(x_.data) + which[place] * x_.row_stride;
+        return;
       }
-      return;
-    }
-    const auto to_fp32 = table().widen[static_cast<int>(x_.dtype)];
-    run(parallel, count, grain_for(x_.columns), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        float* row = copy_.get() + i * width_;
-        to_fp32(data + order[i] * x_.row_stride * size, x_.column_stride, x_.columns, row);
-        for (int64_t c = x_.columns; c < width_; ++c) row[c] = 0.0f;
-        rows_[i] = row;
-      }
+      if (!copy_) copy_ = buffer<float>(most_ * width_);
+      float* start = copy_.get() + place * width_;
+      starts_[place] = start;
+      run(parallel, n, grain_for(x_.columns), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) copy_row(which[place + i], i, n, start);
+      });
     });
   }
 
-  const float* const* rows() const { return rows_; }
+  // Of the group that begins at this place after the first.
+  const float* group(int64_t place) const { return starts_[place]; }
 
  private:
+  using Arrange = void (*)(float* x, int64_t words);
+
+  RoutedRows(const Matrix& x, Arrange arrange, int64_t most)
+      : x_(x),
+        arrange_(arrange),
+        width_(divide_up(x.columns, 32) * 32),
+        most_(most < kMaxRows ? most : kMaxRows),
+        direct_(x.dtype == Dtype::kFloat32 && x.column_stride == 1 && x.columns == width_ &&
+                arrange == nullptr) {}
+
+  void copy_row(int64_t row, int64_t i, int64_t n, float* start) const {
+    const auto to_fp32 = table().widen[static_cast<int>(x_.dtype)];
+    const int64_t size = static_cast<int64_t>(size_of(x_.dtype));
+    const char* data = static_cast<const char*>(x_.data) + row * x_.row_stride * size;
+    const int64_t tile = n <= table().few ? width_ : kTileColumns;
+    for (int64_t from = 0; from < width_; from += tile) {
+      const int64_t columns = width_ - from < tile ? width_ - from : tile;
+      const int64_t there = x_.columns - from < columns ? x_.columns - from : columns;
+      float* target = start + from * n + i * columns;
+      to_fp32(data + from * x_.column_stride * size, x_.column_stride, there, target);
+      for (int64_t c = there; c < columns; ++c) target[c] = 0.0f;
+      if (arrange_ != nullptr) arrange_(target, columns / 32);
+    }
+  }
+
   Matrix x_;
+  Arrange arrange_;
   int64_t width_;
+  int64_t most_;
   bool direct_;
   Buffer<float> copy_;
-  const float* rows_[kMaxRows] = {};
+  const float* starts_[kMaxRows] = {};
 };
+
+// How many packed or dense rows to take at a time with n rows of x.
+inline int64_t block_rows(int64_t n) {
+  const int64_t height = kBlockRows * n <= kMaxResults ? kBlockRows : kMaxResults / n;
+  return height / kTileRows * kTileRows;
+}
+
+// use(from, to, r0, r1, side) for every group within places [first, last): the products of packed
+// rows r0..r1 of its shard with rows from..to of the order, side[(r - r0) * (to - from) + i].
+// Packed rows come block by block, or all of begin..end at once; false when row_ptr is wrong.
+template <typename F>
+bool each_product(const Packed& bank, const Groups& groups, int64_t first, int64_t last,
+                  const RoutedRows& routed, int64_t begin, int64_t end, const F& use) {
+  const Table& kernels = table();
+  const int dtype = static_cast<int>(bank.dtype);
+  Buffer<float> scratch;
+  Buffer<float> block;
+  Buffer<float> all;
+  const int64_t most = last - first < kernels.few ? last - first : kernels.few;
+  bool good = true;
+  groups.each(first, last, [&](int64_t shard, int64_t from, int64_t to) {
+    const int64_t n = to - from;
+    const int64_t base = shard * bank.rows;
+    const float* x = routed.group(from - first);
+    if (n <= kernels.few) {
+      if (!all) all = buffer<float>((end - begin) * most);
+      good = good && kernels.side_dot[dtype](bank, base + begin, base + end, x, n, all.get());
+      if (good) use(from, to, begin, end, all.get());
+      return;
+    }
+    if (!scratch) scratch = buffer<float>(kScratch);
+    if (!block) block = buffer<float>(kMaxResults);
+    const int64_t step = block_rows(n);
+    for (int64_t r0 = begin; good && r0 < end; r0 += step) {
+      const int64_t r1 = r0 + step < end ? r0 + step : end;
+      good = kernels.side_dots[dtype](bank, base + r0, base + r1, x, n, scratch.get(), block.get());
+      if (good) use(from, to, r0, r1, block.get());
+    }
+  });
+  return good;
+}
 
 }  // namespace wise

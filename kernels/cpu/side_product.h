@@ -4,25 +4,30 @@
 // Both ways below keep that order exactly: a row of x gives the same bits alone or among others.
 #pragma once
 
-#include "kernels/cpu/span.h"
-#include "kernels/cpu/table.h"
+#include "kernels/cpu/dot_tile.h"
 
 namespace wise::WISE_ISA {
 
-// Spreads one half word of values like Vec::expand, but reads no value past the last one.
-template <typename T>
-inline Vec expand_exactly(uint32_t mask, const T* p) {
-  T few[16] = {};
-  for (int i = 0; i < __builtin_popcount(mask); ++i) few[i] = p[i];
-  return Vec::expand(mask, few);
-}
-
+// Spreads one half word of values over sixteen lanes. Vec::expand reads sixteen values whatever
+// the mask; kExact reads none past the last one.
 template <bool kExact, typename T>
 inline Vec expand(uint32_t mask, const T* p) {
-  if constexpr (kExact) {
-    return expand_exactly(mask, p);
+  if constexpr (kExact) return Vec::expand(mask, Few<T>(p, __builtin_popcount(mask)).values);
+  return Vec::expand(mask, p);
+}
+
+// The same for a whole word: the lanes of columns 0..15 and 16..31, or of the even and the odd
+// columns where the instruction set would rather have it so.
+template <bool kExact, typename T, typename V>
+inline void expand_word(uint32_t bits, const T* next, V* first, V* second) {
+  if constexpr (!kSplits<T>) {
+    const uint32_t low = bits & 0xffffu;
+    *first = expand<kExact>(low, next);
+    *second = expand<kExact>(bits >> 16, next + __builtin_popcount(low));
+  } else if constexpr (kExact) {
+    V::expand_split(bits, Few<T>(next, __builtin_popcount(bits)).values, first, second);
   } else {
-    return Vec::expand(mask, p);
+    V::expand_split(bits, next, first, second);
   }
 }
 
@@ -32,189 +37,220 @@ struct Rows {
   const uint32_t* mask;
   const T* values;
   const int64_t* row_ptr;
+  int64_t columns;
   int64_t words;
+  int64_t count;
   uint32_t tail;
 
   Rows(const Packed& bank, int64_t row)
       : mask(bank.mask + row * bank.words),
         values(static_cast<const T*>(bank.values)),
         row_ptr(bank.row_ptr + row),
+        columns(bank.columns),
         words(bank.words),
+        count(bank.count),
         tail(tail_mask(bank.columns)) {}
 
   const uint32_t* mask_of(int64_t i) const { return mask + i * words; }
   const T* values_of(int64_t i) const { return values + row_ptr[i]; }
 };
 
+// Reading a word's values wide may touch this many past the row's last one.
+inline constexpr int64_t kSlack = 32;
+// Bytes of values fetched in advance: half a page, which goes on into the next row.
+inline constexpr int64_t kAhead = 2048;
+
 enum class Reading { kBad, kExact, kWide };
 
-// Whether rows begin..end can be read sixteen values at a time without leaving the array, must be
-// read exactly (the last few rows of a bank), or do not fit it at all. Only in the second case are
-// the bits counted beforehand: elsewhere a wrong row_ptr is noticed afterwards.
-inline Reading reading(const Packed& bank, int64_t begin, int64_t end) {
-  bool wide = true;
-  for (int64_t r = begin; r < end; ++r) {
-    const int64_t first = bank.row_ptr[r];
-    if (first < 0 || first > bank.count) return Reading::kBad;
-    if (first + bank.columns + 16 <= bank.count) continue;
-    wide = false;
-    const int64_t bits =
-        count_bits(bank.mask + r * bank.words, bank.words, tail_mask(bank.columns));
-    if (first + bits != bank.row_ptr[r + 1] || first + bits > bank.count) return Reading::kBad;
-  }
-  return wide ? Reading::kWide : Reading::kExact;
+// Whether row `at` can be read wide without leaving the array, must be read exactly (the last few
+// rows of a bank), or does not fit it at all. Only in the second case are the bits counted
+// beforehand: elsewhere a wrong row_ptr is noticed afterwards.
+template <typename T>
+Reading reading(const Rows<T>& rows, int64_t at) {
+  const int64_t first = rows.row_ptr[at];
+  if (first < 0 || first > rows.count) return Reading::kBad;
+  if (first + rows.columns + kSlack <= rows.count) return Reading::kWide;
+  const int64_t bits = count_bits(rows.mask_of(at), rows.words, rows.tail);
+  const bool fits = first + bits == rows.row_ptr[at + 1] && first + bits <= rows.count;
+  return fits ? Reading::kExact : Reading::kBad;
 }
 
-// Adds the products of one mask word's values with 32 of x; returns where the next values are.
-template <bool kExact, typename T, typename V>
-inline const T* accumulate(uint32_t bits, const T* next, const float* x, V* sum) {
+// The way that suits all of `count` rows from `at` on, `stride` apart.
+template <typename T>
+Reading reading(const Rows<T>& rows, int64_t at, int64_t count, int64_t stride) {
+  Reading all = Reading::kWide;
+  for (int64_t i = 0; i < count; ++i) {
+    const Reading one = reading(rows, at + i * stride);
+    if (one < all) all = one;
+  }
+  return all;
+}
+
+// Adds the products of one mask word's values with 32 columns of X rows of x, `width` apart;
+// returns where the next values are.
+template <bool kExact, int X, typename T, typename V>
+inline const T* accumulate(const uint32_t* word, const T* next, const float* x, int64_t width,
+                           V* sum) {
+  const uint32_t bits = *word;
   if constexpr (V::kWalksBits) {
-    for (; bits != 0; bits &= bits - 1) {
-      const int column = __builtin_ctz(bits);
+    static_assert(X == 1);
+    for (uint32_t left = bits; left != 0; left &= left - 1) {
+      const int column = __builtin_ctz(left);
       sum->lane[column & 15] += to_float(*next++) * x[column];
     }
     return next;
   } else {
-    const uint32_t low = bits & 0xffffu;
-    const T* middle = next + __builtin_popcount(low);
-    *sum = fma(expand<kExact>(low, next), Vec::load(x), *sum);
-    *sum = fma(expand<kExact>(bits >> 16, middle), Vec::load(x + 16), *sum);
+    V first;
+    V second;
+    if constexpr (kExact) {
+      expand_word<true>(bits, next, &first, &second);
+    } else {
+      __builtin_prefetch(reinterpret_cast<const char*>(next) + kAhead);
+      V::expand_word(word, next, &first, &second);
+    }
+#pragma GCC unroll 16
+    for (int j = 0; j < X; ++j) {
+      sum[j] = fma(first, Vec::load(x + j * width), sum[j]);
+      sum[j] = fma(second, Vec::load(x + j * width + 16), sum[j]);
+    }
     return next + __builtin_popcount(bits);
   }
 }
 
-// One row of x against R packed rows.
-template <bool kExact, int R, typename T>
-bool dot_one(const Rows<T>& rows, int64_t at, const float* x, float* out, int64_t stride) {
-  Vec sum[R];
+// X rows of x against R packed rows, `stride` apart: out[i * stride * n + j].
+template <bool kExact, int R, int X, typename T>
+bool dot_rows(const Rows<T>& rows, int64_t at, int64_t stride, const float* x, int64_t n,
+              float* out) {
+  const int64_t width = 32 * rows.words;
+  // The loops over R and X are unrolled early, or GCC keeps the arrays in memory.
+  Vec sum[R][X];
   const T* next[R];
   const uint32_t* mask[R];
+#pragma GCC unroll 16
   for (int i = 0; i < R; ++i) {
-    sum[i] = Vec::zero();
-    next[i] = rows.values_of(at + i);
-    mask[i] = rows.mask_of(at + i);
+#pragma GCC unroll 16
+    for (int j = 0; j < X; ++j) sum[i][j] = Vec::zero();
+    next[i] = rows.values_of(at + i * stride);
+    mask[i] = rows.mask_of(at + i * stride);
   }
-  const auto step = [&](int64_t w, uint32_t valid) {
+  for (int64_t w = 0; w + 1 < rows.words; ++w) {
+#pragma GCC unroll 16
     for (int i = 0; i < R; ++i) {
-      next[i] = accumulate<kExact>(mask[i][w] & valid, next[i], x + 32 * w, &sum[i]);
+      next[i] = accumulate<kExact, X>(mask[i] + w, next[i], x + 32 * w, width, sum[i]);
     }
-  };
-  for (int64_t w = 0; w + 1 < rows.words; ++w) step(w, ~0u);
-  if (rows.words > 0) step(rows.words - 1, rows.tail);
+  }
   bool good = true;
+#pragma GCC unroll 16
   for (int i = 0; i < R; ++i) {
-    out[i * stride] = sum[i].sum();
-    good = good && next[i] == rows.values_of(at + i + 1);
+    if (rows.words > 0) {
+      const int64_t w = rows.words - 1;
+      const uint32_t word = mask[i][w] & rows.tail;
+      next[i] = accumulate<kExact, X>(&word, next[i], x + 32 * w, width, sum[i]);
+    }
+#pragma GCC unroll 16
+    for (int j = 0; j < X; ++j) out[i * stride * n + j] = sum[i][j].sum();
+    good = good && next[i] == rows.values_of(at + i * stride + 1);
   }
   return good;
 }
 
-template <bool kExact, typename T>
-bool dot_one_row(const Rows<T>& rows, int64_t count, const float* x, float* out, int64_t stride) {
+template <int X, typename T>
+bool dot_few(const Rows<T>& rows, int64_t count, const float* x, int64_t n, float* out) {
   bool good = true;
-  int64_t r = 0;
-  for (; r + Vec::kFlight <= count; r += Vec::kFlight) {
-    good = dot_one<kExact, Vec::kFlight>(rows, r, x, out + r * stride, stride) && good;
+  const auto alone = [&](int64_t r) {
+    const Reading how = reading(rows, r);
+    good = good && how != Reading::kBad &&
+           (how == Reading::kExact ? dot_rows<true, 1, X>(rows, r, 1, x, n, out + r * n)
+                                   : dot_rows<false, 1, X>(rows, r, 1, x, n, out + r * n));
+  };
+  // Rows far apart are walked together: each is the next piece of one of kFlight streams that go
+  // through memory without a jump, while the sums of kFlight rows hide one another's latency.
+  const int64_t stride = count / Vec::kFlight;
+  for (int64_t r = 0; r < stride; ++r) {
+    if (reading(rows, r, Vec::kFlight, stride) == Reading::kWide) {
+      good = dot_rows<false, Vec::kFlight, X>(rows, r, stride, x, n, out + r * n) && good;
+    } else {
+      for (int i = 0; i < Vec::kFlight; ++i) alone(r + i * stride);
+    }
   }
-  for (; r < count; ++r) {
-    good = dot_one<kExact, 1>(rows, r, x, out + r * stride, stride) && good;
-  }
+  for (int64_t r = stride * Vec::kFlight; r < count; ++r) alone(r);
   return good;
 }
 
-// D packed rows of the tile against X rows of x, from column `from` on; sums live in `sums`.
-template <int D, int X>
-void dot_tile(const float* tile, const float* const* x, int64_t from, int64_t columns, float* sums,
-              int64_t sums_stride) {
-  Vec sum[D][X];
-  for (int d = 0; d < D; ++d) {
-    for (int i = 0; i < X; ++i) sum[d][i] = Vec::load(sums + d * sums_stride + i * 16);
+// The first `most` rows of x, no more than X.
+template <int X, typename T>
+bool dot_up_to(int64_t most, const Rows<T>& rows, int64_t count, const float* x, int64_t n,
+               float* out) {
+  if constexpr (X > 1) {
+    if (most < X) return dot_up_to<X - 1>(most, rows, count, x, n, out);
   }
-  for (int64_t c = 0; c < columns; c += 16) {
-    Vec right[X];
-    for (int i = 0; i < X; ++i) right[i] = Vec::load(x[i] + from + c);
-    for (int d = 0; d < D; ++d) {
-      const Vec left = Vec::load(tile + d * kTileColumns + c);
-      for (int i = 0; i < X; ++i) sum[d][i] = fma(left, right[i], sum[d][i]);
-    }
-  }
-  for (int d = 0; d < D; ++d) {
-    for (int i = 0; i < X; ++i) sum[d][i].store(sums + d * sums_stride + i * 16);
-  }
-}
-
-template <int D>
-void dot_tile_rows(const float* tile, const float* const* x, int64_t n, int64_t from,
-                   int64_t columns, float* sums) {
-  int64_t i = 0;
-  for (; i + Vec::kTileX <= n; i += Vec::kTileX) {
-    dot_tile<D, Vec::kTileX>(tile, x + i, from, columns, sums + i * 16, n * 16);
-  }
-  for (; i < n; ++i) dot_tile<D, 1>(tile, x + i, from, columns, sums + i * 16, n * 16);
-}
-
-// Many rows of x: each packed row is expanded once, a tile of columns at a time.
-template <bool kExact, typename T>
-bool dot_many(const Rows<T>& rows, int64_t count, const float* const* x, int64_t n, float* scratch,
-              float* out) {
-  float* tile = scratch;
-  float* sums = scratch + kBlockRows * kTileColumns;
-  const T* next[kBlockRows];
-  for (int64_t r = 0; r < count; ++r) next[r] = rows.values_of(r);
-  for (int64_t i = 0; i < count * n; ++i) Vec::zero().store(sums + i * 16);
-  constexpr int64_t kTileWords = kTileColumns / 32;
-  for (int64_t w0 = 0; w0 < rows.words; w0 += kTileWords) {
-    const int64_t w1 = w0 + kTileWords < rows.words ? w0 + kTileWords : rows.words;
-    for (int64_t r = 0; r < count; ++r) {
-      float* target = tile + r * kTileColumns;
-      for (int64_t w = w0; w < w1; ++w, target += 32) {
-        const uint32_t bits = rows.mask_of(r)[w] & (w + 1 < rows.words ? ~0u : rows.tail);
-        const uint32_t low = bits & 0xffffu;
-        expand<kExact>(low, next[r]).store(target);
-        expand<kExact>(bits >> 16, next[r] + __builtin_popcount(low)).store(target + 16);
-        next[r] += __builtin_popcount(bits);
-      }
-    }
-    const int64_t columns = 32 * (w1 - w0);
-    int64_t r = 0;
-    for (; r + Vec::kTileD <= count; r += Vec::kTileD) {
-      dot_tile_rows<Vec::kTileD>(tile + r * kTileColumns, x, n, 32 * w0, columns,
-                                 sums + r * n * 16);
-    }
-    for (; r < count; ++r) {
-      dot_tile_rows<1>(tile + r * kTileColumns, x, n, 32 * w0, columns, sums + r * n * 16);
-    }
-  }
-  bool good = true;
-  for (int64_t r = 0; r < count; ++r) good = good && next[r] == rows.values_of(r + 1);
-  for (int64_t i = 0; i < count * n; ++i) out[i] = Vec::load(sums + i * 16).sum();
-  return good;
-}
-
-template <bool kExact, typename T>
-bool dot_rows(const Rows<T>& rows, int64_t count, const float* const* x, int64_t n, float* scratch,
-              float* out) {
-  if (n == 1) return dot_one_row<kExact>(rows, count, x[0], out, 1);
-  if constexpr (Vec::kWalksBits) {
-    // Skipping what is not there costs no more than a dense tile, and rounds as one row does.
-    bool good = true;
-    for (int64_t i = 0; i < n; ++i) {
-      good = dot_one_row<kExact>(rows, count, x[i], out + i, n) && good;
-    }
-    return good;
-  } else {
-    return dot_many<kExact>(rows, count, x, n, scratch, out);
-  }
+  return dot_few<X>(rows, count, x, n, out);
 }
 
 template <typename T>
-bool side_dots(const Packed& bank, int64_t begin, int64_t end, const float* const* x, int64_t n,
-               float* scratch, float* out) {
+bool side_dot(const Packed& bank, int64_t begin, int64_t end, const float* x, int64_t n,
+              float* out) {
   const Rows<T> rows(bank, begin);
-  const Reading how = reading(bank, begin, end);
-  if (how == Reading::kBad) return false;
-  return how == Reading::kExact ? dot_rows<true>(rows, end - begin, x, n, scratch, out)
-                                : dot_rows<false>(rows, end - begin, x, n, scratch, out);
+  bool good = true;
+  for (int64_t i = 0; good && i < n; i += Vec::kFewRows) {
+    good = dot_up_to<Vec::kFewRows>(n - i, rows, end - begin, x + i * 32 * rows.words, n, out + i);
+  }
+  return good;
+}
+
+// `count` words of one packed row, dense; returns where the next values are.
+template <bool kExact, typename T, typename V = Vec>
+const T* expand_row(const uint32_t* mask, int64_t count, uint32_t tail, const T* next,
+                    float* target) {
+  for (int64_t w = 0; w < count; ++w, target += 32) {
+    const uint32_t word = mask[w] & (w + 1 < count ? ~0u : tail);
+    V first;
+    V second;
+    if constexpr (kExact) {
+      expand_word<true>(word, next, &first, &second);
+    } else {
+      __builtin_prefetch(reinterpret_cast<const char*>(next) + kAhead);
+      V::expand_word(&word, next, &first, &second);
+    }
+    first.store(target);
+    second.store(target + 16);
+    next += __builtin_popcount(word);
+  }
+  return next;
+}
+
+template <typename T>
+bool dot_many(const Rows<T>& rows, int64_t count, const float* x, int64_t n, float* scratch,
+              float* out) {
+  const T* next[kBlockRows];
+  Reading how[kBlockRows];
+  for (int64_t r = 0; r < count; ++r) {
+    how[r] = reading(rows, r);
+    if (how[r] == Reading::kBad) return false;
+    next[r] = rows.values_of(r);
+  }
+  dot_panel(count, rows.words, x, n, scratch, out,
+            [&](int64_t r, int64_t word, int64_t words, float* target) {
+              const auto expand =
+                  how[r] == Reading::kExact ? expand_row<true, T> : expand_row<false, T>;
+              const uint32_t tail = word + words < rows.words ? ~0u : rows.tail;
+              next[r] = expand(rows.mask_of(r) + word, words, tail, next[r], target);
+            });
+  bool good = true;
+  for (int64_t r = 0; r < count; ++r) good = good && next[r] == rows.values_of(r + 1);
+  return good;
+}
+
+template <typename T>
+bool side_dots([[maybe_unused]] const Packed& bank, [[maybe_unused]] int64_t begin,
+               [[maybe_unused]] int64_t end, [[maybe_unused]] const float* x,
+               [[maybe_unused]] int64_t n, [[maybe_unused]] float* scratch,
+               [[maybe_unused]] float* out) {
+  if constexpr (Vec::kWalksBits) {
+    return false;
+  } else {
+    return dot_many(Rows<T>(bank, begin), end - begin, x, n, scratch, out);
+  }
 }
 
 template <bool kExact, typename T>
@@ -235,7 +271,7 @@ bool axpy_row(const Rows<T>& rows, int64_t r, float grad, float* out) {
 template <typename T>
 bool side_axpy(const Packed& bank, int64_t begin, int64_t end, const float* grad, float* out) {
   const Rows<T> rows(bank, begin);
-  const Reading how = reading(bank, begin, end);
+  const Reading how = reading(rows, 0, end - begin, 1);
   if (how == Reading::kBad) return false;
   bool good = true;
   for (int64_t r = 0; r < end - begin; ++r) {

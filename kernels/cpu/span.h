@@ -17,6 +17,13 @@ inline int64_t count_bits(const uint32_t* mask, int64_t words, uint32_t tail) {
   return words > 0 ? bits + __builtin_popcount(mask[words - 1] & tail) : 0;
 }
 
+// The 64 bytes from `from` on, of which only the first `count` values are there to be read.
+template <typename T>
+struct Few {
+  alignas(64) T values[64 / sizeof(T)] = {};
+  Few(const T* from, int count) { Vec::copy(from, count, values); }
+};
+
 // Sixteen floats, the rest zero where fewer are left.
 inline Vec load_left(const float* p, int64_t left) {
   if (left >= 16) return Vec::load(p);

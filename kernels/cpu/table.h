@@ -10,24 +10,43 @@
 
 namespace wise {
 
-// Rows of x one call of `side_dots` takes at most; columns it expands at a time.
-inline constexpr int64_t kMaxRows = 256;
-inline constexpr int64_t kTileColumns = 1024;
-inline constexpr int64_t kBlockRows = 8;
-// Floats of scratch `side_dots` wants: the expanded tile, and 16 partial sums a result.
-inline constexpr int64_t kScratch = kBlockRows * kTileColumns + kBlockRows * kMaxRows * 16;
+// Rows of x, packed rows, and results (their product) one call of `side_dots` takes at most.
+inline constexpr int64_t kMaxRows = 128;
+inline constexpr int64_t kBlockRows = 64;
+inline constexpr int64_t kMaxResults = 4096;
+// What it expands at a time: small enough for the first cache, next to a few rows of x.
+inline constexpr int64_t kTileRows = 8;
+inline constexpr int64_t kTileColumns = 512;
+// Floats of scratch it wants: the expanded tile, and 16 partial sums a result.
+inline constexpr int64_t kScratch = kTileRows * kTileColumns + kMaxResults * 16;
 // Histogram bins of the two radix passes over 31 bits of magnitude.
 inline constexpr int64_t kHighBins = int64_t{1} << 15;
 inline constexpr int64_t kLowBins = int64_t{1} << 16;
 
 struct Table {
-  // out[(r - begin) * n + i] = D_r . x[i] for packed rows begin..end (at most kBlockRows) of the
-  // bank; each x[i] holds 32 * words floats. The sum's order depends on the columns alone.
-  bool (*side_dots[kDtypes])(const Packed& bank, int64_t begin, int64_t end, const float* const* x,
+  // The most rows of x `side_dot` and `dense_dot` are for.
+  int64_t few;
+  // out[(r - begin) * n + i] = D_r . x_i for packed rows begin..end of the bank. x holds 32 * words
+  // floats of each of n rows, in the order of `arrange`. A sum's order depends on the columns
+  // alone.
+  bool (*side_dot[kDtypes])(const Packed& bank, int64_t begin, int64_t end, const float* x,
+                            int64_t n, float* out);
+  // The same for more rows of x and a few packed rows: the same bits. x holds kTileColumns columns
+  // of all n rows, row after row, then the next columns, and so on.
+  bool (*side_dots[kDtypes])(const Packed& bank, int64_t begin, int64_t end, const float* x,
                              int64_t n, float* scratch, float* out);
   // out += sum over packed rows begin..end of grad[r - begin] D_r; out holds 32 * words floats.
   bool (*side_axpy[kDtypes])(const Packed& bank, int64_t begin, int64_t end, const float* grad,
                              float* out);
+  // Like `side_dot` and `side_dots`, with dense rows one after the other, and x in no special
+  // order.
+  void (*dense_dot[kDtypes])(const void* rows, int64_t count, int64_t columns, const float* x,
+                             int64_t n, float* out);
+  void (*dense_dots[kDtypes])(const void* rows, int64_t count, int64_t columns, const float* x,
+                              int64_t n, float* scratch, float* out);
+  // Puts 32 * words floats of x in the order in which products with packed values take them; null
+  // where that is the order they are in.
+  void (*arrange[kDtypes])(float* x, int64_t words);
   // `count` elements, `stride` apart, to fp32.
   void (*widen[kDtypes])(const void* source, int64_t stride, int64_t count, float* target);
   // y[i] = round(y[i] + side[i * side_stride]).
@@ -40,6 +59,11 @@ struct Table {
   // their low 16.
   void (*count_high)(const float* values, int64_t count, uint32_t* bins);
   void (*count_low)(const float* values, int64_t count, uint32_t prefix, uint32_t* bins);
+  // Writes the magnitudes whose bits are within low..high (low > 0) to `found` and returns their
+  // number, or stops where fewer than 16 more would have room. Adds to the counts of what is not
+  // zero, and of what is above `high`.
+  int64_t (*pick)(const float* values, int64_t count, uint32_t low, uint32_t high, float* found,
+                  int64_t room, int64_t* nonzeros, int64_t* above);
   // Elements begin..end of the merge, given each delta's least kept magnitude.
   void (*merge)(const float* const* deltas, const float* weights, const float* thresholds,
                 int64_t deltas_count, int64_t begin, int64_t end, float* out);
@@ -48,6 +72,7 @@ struct Table {
 extern const Table kPortableTable;
 extern const Table kAvx2Table;
 extern const Table kAvx512Table;
+extern const Table kAvx512Vbmi2Table;
 
 // The table in use.
 const Table& table();

@@ -1,7 +1,11 @@
-// TIES without a sort: two passes count each delta's magnitudes by their bits, which finds the
-// least magnitude to keep exactly; one pass then elects signs and takes the disjoint mean.
+// TIES without a sort. A sample of each delta tells about where the least magnitude to keep lies;
+// one pass over the delta picks out what is near there, and it is found exactly among that. Where
+// the sample misled, two passes count the magnitudes by their bits instead. One pass over all
+// deltas then elects signs and takes the disjoint mean.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <mutex>
 #include <vector>
 
@@ -42,8 +46,96 @@ uint32_t bin_from_top(const std::vector<int64_t>& bins, int64_t* rank) {
   return static_cast<uint32_t>(bin);
 }
 
+float magnitude_of(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// How many of `nonzeros` entries to keep.
+int64_t kept(double density, int64_t nonzeros) {
+  const auto rank = static_cast<int64_t>(std::ceil(density * static_cast<double>(nonzeros)));
+  return rank < 1 ? 1 : rank > nonzeros ? nonzeros : rank;
+}
+
+// Magnitudes, as bits, that the least kept one most likely lies between.
+struct Range {
+  uint32_t low;
+  uint32_t high;
+};
+
+// False where there is too little to take a sample from.
+bool guess(const float* delta, int64_t size, double density, Range* range) {
+  constexpr int64_t kPiece = 64;
+  constexpr int64_t kMostPieces = 1024;
+  constexpr int64_t kOneIn = 32;
+  const int64_t most = size / (kPiece * kOneIn);
+  const int64_t pieces = most < kMostPieces ? most : kMostPieces;
+  std::vector<uint32_t> sample(static_cast<std::size_t>(pieces * kPiece));
+  int64_t n = 0;
+  for (int64_t piece = 0; piece < pieces; ++piece) {
+    uint32_t bits[kPiece];
+    std::memcpy(bits, delta + size / pieces * piece, sizeof bits);
+    for (const uint32_t pattern : bits) {
+      sample[static_cast<std::size_t>(n)] = pattern & 0x7fffffffu;
+      n += sample[static_cast<std::size_t>(n)] != 0;
+    }
+  }
+  if (n < 1000) return false;
+  // Five standard deviations to either side.
+  const double spread = 5.0 * std::sqrt(static_cast<double>(n) * density * (1.0 - density)) + 8.0;
+  const double rank = density * static_cast<double>(n);
+  const auto from_top = [&](double place) {
+    const auto nth = sample.begin() + static_cast<std::ptrdiff_t>(place);
+    std::nth_element(sample.begin(), nth, sample.begin() + n, std::greater<>());
+    return *nth;
+  };
+  range->high = rank - spread < 0.0 ? 0x7fffffffu : from_top(rank - spread);
+  range->low = rank + spread >= static_cast<double>(n) ? 1u : from_top(rank + spread);
+  return true;
+}
+
+// The least magnitude to keep, if it is within the range.
+bool find_within(const Range& range, const float* delta, int64_t size, double density, float* least,
+                 ParallelFor parallel) {
+  const auto pick = table().pick;
+  std::vector<uint32_t> found;
+  int64_t nonzeros = 0;
+  int64_t above = 0;
+  bool complete = true;
+  std::mutex mutex;
+  run(parallel, size, kGrain, [&](int64_t begin, int64_t end) {
+    const int64_t room = (end - begin) / 4 + 64;
+    const Buffer<float> mine = buffer<float>(room);
+    int64_t my_nonzeros = 0;
+    int64_t my_above = 0;
+    const int64_t n = pick(delta + begin, end - begin, range.low, range.high, mine.get(), room,
+                           &my_nonzeros, &my_above);
+    const std::lock_guard<std::mutex> lock(mutex);
+    nonzeros += my_nonzeros;
+    above += my_above;
+    complete = complete && n + 16 <= room;
+    const std::size_t before = found.size();
+    found.resize(before + static_cast<std::size_t>(n));
+    std::memcpy(found.data() + before, mine.get(), sizeof(float) * static_cast<std::size_t>(n));
+  });
+  if (!complete || nonzeros == 0) return false;
+  const int64_t rank = kept(density, nonzeros) - above;
+  if (rank < 1 || rank > static_cast<int64_t>(found.size())) return false;
+  const auto nth = found.begin() + (rank - 1);
+  std::nth_element(found.begin(), nth, found.end(), std::greater<>());
+  *least = magnitude_of(*nth);
+  return true;
+}
+
 // The least magnitude among the kept: the ceil(density * n)-th largest of the n that are not zero.
 float threshold(const float* delta, int64_t size, double density, ParallelFor parallel) {
+  Range range;
+  float least;
+  if (guess(delta, size, density, &range) &&
+      find_within(range, delta, size, density, &least, parallel)) {
+    return least;
+  }
   const Table& kernels = table();
   const std::vector<int64_t> high = histogram(
       size, kHighBins,
@@ -51,11 +143,10 @@ float threshold(const float* delta, int64_t size, double density, ParallelFor pa
         kernels.count_high(delta + from, length, bins);
       },
       parallel);
-  int64_t nonzero = 0;
-  for (const int64_t count : high) nonzero += count;
-  if (nonzero == 0) return 0.0f;
-  int64_t rank = static_cast<int64_t>(std::ceil(density * static_cast<double>(nonzero)));
-  rank = rank < 1 ? 1 : rank > nonzero ? nonzero : rank;
+  int64_t nonzeros = 0;
+  for (const int64_t count : high) nonzeros += count;
+  if (nonzeros == 0) return 0.0f;
+  int64_t rank = kept(density, nonzeros);
   const uint32_t prefix = bin_from_top(high, &rank);
   const std::vector<int64_t> low = histogram(
       size, kLowBins,
@@ -63,10 +154,7 @@ float threshold(const float* delta, int64_t size, double density, ParallelFor pa
         kernels.count_low(delta + from, length, prefix, bins);
       },
       parallel);
-  const uint32_t bits = prefix << 16 | bin_from_top(low, &rank);
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
+  return magnitude_of(prefix << 16 | bin_from_top(low, &rank));
 }
 
 }  // namespace

@@ -12,17 +12,17 @@
 
 namespace wise::WISE_ISA {
 
-// For each byte of mask: from which packed lane each lane takes its value (expand), and which lane
-// goes to each packed place (compress).
+// For each byte of mask: from which packed lane each lane takes its value (expand; negative where
+// it takes one), and which lane goes to each packed place (compress).
 struct Permutations {
-  alignas(8) uint8_t expand[256][8] = {};
+  alignas(32) uint32_t expand[256][8] = {};
   alignas(8) uint8_t compress[256][8] = {};
   constexpr Permutations() {
     for (int mask = 0; mask < 256; ++mask) {
       int next = 0;
       for (int lane = 0; lane < 8; ++lane) {
         if ((mask >> lane & 1) == 0) continue;
-        expand[mask][lane] = static_cast<uint8_t>(next);
+        expand[mask][lane] = static_cast<uint32_t>(next) | 0x80000000u;
         compress[mask][next++] = static_cast<uint8_t>(lane);
       }
     }
@@ -52,13 +52,17 @@ inline __m256 load8(const Float16* p) {
 
 template <typename T>
 inline __m256 expand8(uint32_t mask, const T* p) {
-  const __m256 spread = _mm256_permutevar8x32_ps(load8(p), permutation(kPermutations.expand[mask]));
-  return _mm256_and_ps(spread, _mm256_castsi256_ps(lanes_of(mask)));
+  const __m256i from =
+      _mm256_load_si256(reinterpret_cast<const __m256i*>(kPermutations.expand[mask]));
+  const __m256 spread = _mm256_permutevar8x32_ps(load8(p), from);
+  return _mm256_and_ps(spread, _mm256_castsi256_ps(_mm256_srai_epi32(from, 31)));
 }
 
 struct Vec {
   static constexpr bool kWalksBits = false;
   static constexpr int kFlight = 4;
+  static constexpr int kFewRows = 1;
+  static constexpr int kFew = 2;
   static constexpr int kTileD = 2;
   static constexpr int kTileX = 2;
 
@@ -71,6 +75,7 @@ struct Vec {
   static Vec load(const T* p) {
     return {load8(p), load8(p + 8)};
   }
+  static Vec load_once(const float* p) { return load(p); }
   void store(float* p) const {
     _mm256_storeu_ps(p, a);
     _mm256_storeu_ps(p + 8, b);
@@ -79,6 +84,16 @@ struct Vec {
   static Vec expand(uint32_t mask, const T* p) {
     const uint32_t low = mask & 0xffu;
     return {expand8(low, p), expand8(mask >> 8, p + __builtin_popcount(low))};
+  }
+  template <typename T>
+  static void expand_word(const uint32_t* word, const T* p, Vec* first, Vec* second) {
+    const uint32_t low = *word & 0xffffu;
+    *first = expand(low, p);
+    *second = expand(*word >> 16, p + __builtin_popcount(low));
+  }
+  template <typename T>
+  static void copy(const T* from, int count, T* to) {
+    for (int i = 0; i < count; ++i) to[i] = from[i];
   }
   void compress(uint32_t mask, float* p) const {
     const uint32_t low = mask & 0xffu;
@@ -91,10 +106,12 @@ struct Vec {
     _mm256_maskstore_ps(p, lanes_of(mask), a);
     _mm256_maskstore_ps(p + 8, lanes_of(mask >> 8), b);
   }
+  // In the order of `sum_lanes`.
   float sum() const {
-    alignas(32) float lanes[16];
-    store(lanes);
-    return sum_lanes(lanes);
+    const __m256 eight = _mm256_add_ps(a, b);
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
   }
 };
 
@@ -126,17 +143,26 @@ inline Vec where_above(Vec x, Vec limit, Vec value) {
           _mm256_and_ps(_mm256_cmp_ps(x.b, limit.b, _CMP_GT_OQ), value.b)};
 }
 
+inline uint32_t lanes_set(__m256i a, __m256i b) {
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(a))) |
+         static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(b))) << 8;
+}
 // One bit a lane: whether the bits of `field` are those of `wanted`.
 inline uint32_t equal_bits(Vec x, int field, int wanted) {
   const __m256i fields = _mm256_set1_epi32(field);
   const __m256i target = _mm256_set1_epi32(wanted);
-  const __m256i a = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_castps_si256(x.a), fields), target);
-  const __m256i b = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_castps_si256(x.b), fields), target);
-  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(a))) |
-         static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(b))) << 8;
+  return lanes_set(_mm256_cmpeq_epi32(_mm256_and_si256(_mm256_castps_si256(x.a), fields), target),
+                   _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_castps_si256(x.b), fields), target));
 }
-// One bit a lane: bits other than the sign's are set; the fifteen bits after the sign are `prefix`.
+// One bit a lane: bits other than the sign's are set; are above `limit`; the fifteen bits after the
+// sign are `prefix`.
 inline uint32_t nonzero(Vec x) { return ~equal_bits(x, 0x7fffffff, 0) & 0xffffu; }
+inline uint32_t bits_above(Vec x, uint32_t limit) {
+  const Vec bits = magnitude(x);
+  const __m256i limits = _mm256_set1_epi32(static_cast<int>(limit));
+  return lanes_set(_mm256_cmpgt_epi32(_mm256_castps_si256(bits.a), limits),
+                   _mm256_cmpgt_epi32(_mm256_castps_si256(bits.b), limits));
+}
 inline uint32_t high_bits_are(Vec x, uint32_t prefix) {
   return equal_bits(x, 0x7fff0000, static_cast<int>(prefix << 16));
 }

@@ -11,6 +11,8 @@ struct Vec {
   // Expanding bit by bit costs more than to multiply bit by bit.
   static constexpr bool kWalksBits = true;
   static constexpr int kFlight = 1;
+  static constexpr int kFewRows = 1;
+  static constexpr int kFew = 1;
   static constexpr int kTileD = 1;
   static constexpr int kTileX = 1;
   static constexpr int kLanes = 16;
@@ -29,6 +31,7 @@ struct Vec {
     for (int i = 0; i < kLanes; ++i) out.lane[i] = to_float(p[i]);
     return out;
   }
+  static Vec load_once(const float* p) { return load(p); }
   void store(float* p) const {
     for (int i = 0; i < kLanes; ++i) p[i] = lane[i];
   }
@@ -37,6 +40,10 @@ struct Vec {
     Vec out = zero();
     for (; mask != 0; mask &= mask - 1) out.lane[__builtin_ctz(mask)] = to_float(*p++);
     return out;
+  }
+  template <typename T>
+  static void copy(const T* from, int count, T* to) {
+    for (int i = 0; i < count; ++i) to[i] = from[i];
   }
   void compress(uint32_t mask, float* p) const {
     for (; mask != 0; mask &= mask - 1) *p++ = lane[__builtin_ctz(mask)];
@@ -91,11 +98,19 @@ inline Vec where_above(const Vec& x, const Vec& limit, const Vec& value) {
   return each([&](int i) { return x.lane[i] > limit.lane[i] ? value.lane[i] : 0.0f; });
 }
 
-// One bit a lane: bits other than the sign's are set; the fifteen bits after the sign are `prefix`.
+// One bit a lane: bits other than the sign's are set; are above `limit`; the fifteen bits after the
+// sign are `prefix`.
 inline uint32_t nonzero(const Vec& x) {
   uint32_t mask = 0;
   for (int i = 0; i < Vec::kLanes; ++i) {
     mask |= uint32_t{(as_bits(x.lane[i]) & 0x7fffffffu) != 0} << i;
+  }
+  return mask;
+}
+inline uint32_t bits_above(const Vec& x, uint32_t limit) {
+  uint32_t mask = 0;
+  for (int i = 0; i < Vec::kLanes; ++i) {
+    mask |= uint32_t{(as_bits(x.lane[i]) & 0x7fffffffu) > limit} << i;
   }
   return mask;
 }

@@ -1,6 +1,6 @@
 #include "kernels/cuda/device_info.h"
 
-#include <cuda_runtime_api.h>
+#include "kernels/cuda/launch.cuh"
 
 int wise_cuda_device_count() {
   int count = 0;
@@ -11,6 +11,12 @@ int wise_cuda_device_count() {
   }
   return count;
 }
+
+namespace wise::cuda {
+
+void use_device(int index) { require_success("a kernel", cudaSetDevice(index)); }
+
+}  // namespace wise::cuda
 
 const char* wise_cuda_archs() { return WISE_CUDA_ARCHS; }
 

@@ -11,7 +11,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from wise_ext.errors import ModelError
+from wise_ext import ops
+from wise_ext.errors import ModelError, NativeError
 from wise_ext.memory import SideMemory
 from wise_ext.models import (
     current_memory,
@@ -196,6 +197,18 @@ def test_what_does_not_fit_leaves_the_model_alone(lab: SimpleNamespace) -> None:
     memory.layer, memory.key_layer = layer, key_layer
     with pytest.raises(ModelError, match=r"not in torch\.float64"):
         patch(model, memory, torch.float64)
+    assert anatomy(model) == before
+
+
+def test_a_backend_that_cannot_be_had_is_refused_first(
+    lab: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = lab.make_model("llama")
+    memory = lab.key_memory(model, lab.prompts(5, 8))
+    before = anatomy(model)
+    monkeypatch.setattr(ops.backends._state, "choice", "triton")
+    with pytest.raises(NativeError, match="no triton add_side_ for device type 'cpu'"):
+        patch(model, memory)
     assert anatomy(model) == before
 
 

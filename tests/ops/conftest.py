@@ -1,16 +1,29 @@
-"""Every op test runs on the torch reference and on each instruction set this machine has."""
+"""Every op test runs on each implementation this machine has.
+
+On the CPU these are the torch reference, each instruction set of the native module, and the CUDA
+kernels under the emulator. With TRITON_INTERPRET=1 it is the Triton kernels under their
+interpreter, with WISE_TEST_DEVICE=cuda what a GPU has: reference, CUDA C++ and Triton. A test file
+names the ops it is about in ABOUT: implementations without any of them are left out.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.emulator import library
 from wise_ext import ops
 from wise_ext.errors import NativeError
+from wise_ext.ops import backends, schema, triton_binding
+
+DEVICE = os.environ.get("WISE_TEST_DEVICE", "cpu")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _native_isas() -> list[str]:
@@ -27,21 +40,68 @@ def _native_isas() -> list[str]:
     return found
 
 
-PROVIDERS = ["reference", *_native_isas()]
+def _providers() -> dict[str, frozenset[str]]:
+    """The implementations to test, and the ops each one is."""
+    everything, triton = frozenset(ops.OPS), frozenset(triton_binding.OPS)
+    if INTERPRETED:
+        import_module("tests.triton.interpreter").install()
+        return {"triton": triton}
+    if DEVICE == "cuda":
+        native = frozenset(op for op, kind in backends._state.kernels if kind == "cuda")
+        return {"reference": everything, "native": native, "triton": triton}
+    found = {"reference": everything, **dict.fromkeys(_native_isas(), everything)}
+    emulated = library.load_ops() if ops.native_loaded() else None
+    return {**found, "emulated": emulated} if emulated else found
 
 
-@pytest.fixture(params=PROVIDERS)
-def provider(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Makes the ops run on one implementation: "reference" or an instruction set."""
+PROVIDERS = _providers()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "provider" in metafunc.fixturenames:
+        about = set(getattr(metafunc.module, "ABOUT", ops.OPS))
+        names = [name for name, has in PROVIDERS.items() if has & about]
+        metafunc.parametrize("provider", names, indirect=True)
+
+
+@pytest.fixture
+def provider(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Makes the ops run on one implementation; what it lacks, `auto` provides."""
     name: str = request.param
     before = ops.get_backend()
-    ops.set_backend("reference" if name == "reference" else "native")
-    if name != "reference":
+    if name == "reference":
+        ops.set_backend("reference")
+    elif name in ops.ISAS:
+        ops.set_backend("native")
         ops.set_cpu_isa(name)
+    else:
+        ops.set_backend("auto")
+        namespace = {"triton": schema.TRITON_NAMESPACE, "emulated": library.NAMESPACE}.get(
+            name, "wise_ext"
+        )
+        for op in PROVIDERS[name]:
+            function = getattr(getattr(torch.ops, namespace), op).default
+            for taken in ("native", "triton"):
+                monkeypatch.setitem(backends._implementations[taken], op, function)
     yield name
     ops.set_backend(before)
     if ops.native_loaded():
         ops.set_cpu_isa("auto")
+
+
+@pytest.fixture
+def raises_on_data(provider: str) -> Callable[[str], bool]:
+    """Whether an op refuses bad values; on a GPU, which nobody waits for, it answers with NaN."""
+    on_the_cpu = provider == "reference" or provider in ops.ISAS
+    return lambda op: on_the_cpu or op not in PROVIDERS[provider]
+
+
+@pytest.fixture(autouse=True)
+def device() -> Iterator[str]:
+    """Where tensors are made unless a test says otherwise."""
+    torch.set_default_device(DEVICE)
+    yield DEVICE
+    torch.set_default_device("cpu")
 
 
 @pytest.fixture(autouse=True)

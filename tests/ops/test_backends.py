@@ -35,7 +35,9 @@ def choice():
 
 @pytest.fixture
 def absent(monkeypatch):
+    monkeypatch.setattr(backends, "_selected", backends._selected.__wrapped__)  # nothing remembered
     monkeypatch.setattr(backends._state, "loaded", False)
+    monkeypatch.setattr(backends._state, "kernels", frozenset())
     monkeypatch.setattr(backends._state, "failure", "ImportError: libmissing.so: no such file")
 
 
@@ -58,7 +60,7 @@ def test_the_reference_can_be_chosen(choice):
 def test_auto_takes_the_native_kernels_of_the_cpu(choice):
     for name in ("auto", "native"):
         choice(name)
-        assert {ops.backend(op, "cpu") for op in ops.OPS} == {"native"}
+        assert {ops.backend(op, "cpu", rows) for op in ops.OPS for rows in (1, 999)} == {"native"}
     assert ops.native_failure() == ""
 
 
@@ -121,7 +123,7 @@ def test_the_environment_chooses():
 def test_a_bad_environment_warns_and_does_not_break_the_import():
     done = python("from wise_ext import ops; print(ops.get_backend())", WISE_BACKEND="warp")
     assert done.stdout == "auto\n", done.stderr
-    assert "WISE_BACKEND=warp is not one of auto, native, reference" in done.stderr
+    assert "WISE_BACKEND=warp is not one of auto, native, triton, reference" in done.stderr
 
 
 @needs_native

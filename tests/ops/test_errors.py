@@ -49,9 +49,23 @@ def update(make_bank):
     }
 
 
+def changed(arguments, changes):
+    return {k: (changes[k](v) if k in changes else v) for k, v in arguments.items()}
+
+
 def refused(op, arguments, changes, message):
     with pytest.raises(RuntimeError, match=message):
-        op(**{k: (changes[k](v) if k in changes else v) for k, v in arguments.items()})
+        op(**changed(arguments, changes))
+
+
+def refused_or_nan(raises_on_data, op, arguments, changes, message, result=None):
+    """What only the values show: an error on the CPU, NaN where nobody waits for the device."""
+    if raises_on_data(op.__name__):
+        refused(op, arguments, changes, message)
+        return
+    given = changed(arguments, changes)
+    returned = op(**given)
+    assert (given[result] if result else returned).isnan().any()
 
 
 SIDE = [
@@ -73,6 +87,15 @@ SIDE = [
     ({"x": lambda t: torch.zeros(3, 70)}, "mask_bits has 2 words a row, d_in = 70 needs 3"),
     ({"mask_bits": lambda t: t[:1]}, "row_ptr must have 5 entries .*, got 9"),
     ({"route": lambda t: t[:2]}, r"route must have one entry a row of x \(3\), got 2"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), SIDE)
+def test_add_side(provider, side, changes, message):
+    refused(ops.add_side_, side, changes, message)
+
+
+SIDE_DATA = [
     ({"route": lambda t: t + 1}, "add_side_: route must be between -1 and 1, got 2"),
     ({"route": lambda t: t - 1}, "add_side_: route must be between -1 and 1, got -2"),
     ({"values": lambda t: t[:-1]}, "add_side_: row_ptr does not match the bits set in mask_bits"),
@@ -83,26 +106,29 @@ SIDE = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "message"), SIDE)
-def test_add_side(provider, side, changes, message):
-    refused(ops.add_side_, side, changes, message)
+@pytest.mark.parametrize(("changes", "message"), SIDE_DATA)
+def test_add_side_with_bad_data(provider, raises_on_data, side, changes, message):
+    refused_or_nan(raises_on_data, ops.add_side_, side, changes, message, "y")
 
 
-def test_a_bad_offset_far_from_the_end_is_noticed(provider, make_bank):
+def test_a_bad_offset_far_from_the_end_is_noticed(provider, raises_on_data, make_bank):
     """Where values cannot be overrun the bits are not counted beforehand, and still it shows."""
     bank = make_bank(3, 4, 40)
     bank.row_ptr[2] += 1
-    with pytest.raises(RuntimeError, match="row_ptr does not match"):
-        ops.add_side_(torch.zeros(1, 4), torch.randn(1, 40), *bank.tensors, torch.zeros(1).int())
+    names = ("y", "x", "mask_bits", "values", "row_ptr", "route")
+    tensors = (torch.zeros(1, 4), torch.randn(1, 40), *bank.tensors, torch.zeros(1).int())
+    call = dict(zip(names, tensors, strict=True))
+    refused_or_nan(raises_on_data, ops.add_side_, call, {}, "row_ptr does not match", "y")
 
 
-def test_an_empty_bank_has_no_route(provider, side):
+def test_an_empty_bank_has_no_route(provider, raises_on_data, side):
     changes = {
         "mask_bits": lambda t: t[:0],
         "values": lambda t: t[:0],
         "row_ptr": lambda t: t[:1],
     }
-    refused(ops.add_side_, side, changes, "route must be between -1 and -1, got [01]")
+    message = "route must be between -1 and -1, got [01]"
+    refused_or_nan(raises_on_data, ops.add_side_, side, changes, message, "y")
 
 
 @pytest.mark.parametrize("name", ["x", "mask_bits", "values", "row_ptr", "route"])
@@ -123,35 +149,73 @@ LINEAR = [
     ({"bias": lambda t: t[1:]}, r"dual_linear: bias must have shape \[4\], got \[3\]"),
     ({"x": torch.Tensor.int}, "dual_linear: x must be float32, bfloat16 or float16, got"),
     ({"weight": lambda t: t[0]}, "dual_linear: weight must have 2 dimensions, got 1"),
-    ({"route": lambda t: t + 1}, "route must be between -1 and 1, got 2"),
 ]
 
 
-@pytest.mark.parametrize(("changes", "message"), LINEAR)
-def test_dual_linear(provider, side, changes, message):
+@pytest.fixture
+def linear(side):
     del side["y"]
-    side = {"weight": torch.randn(4, 40), "bias": torch.randn(4), **side}
-    refused(ops.dual_linear, side, changes, message)
+    return {"weight": torch.randn(4, 40), "bias": torch.randn(4), **side}
+
+
+@pytest.mark.parametrize(("changes", "message"), LINEAR)
+def test_dual_linear(provider, linear, changes, message):
+    refused(ops.dual_linear, linear, changes, message)
+
+
+def test_dual_linear_with_a_bad_route(provider, raises_on_data, linear):
+    changes = {"route": lambda t: t + 1}
+    message = "route must be between -1 and 1, got 2"
+    refused_or_nan(raises_on_data, ops.dual_linear, linear, changes, message)
 
 
 NORM = [
     ({"rows": torch.Tensor.long}, "side_norm: rows must be int32, got torch.int64"),
     ({"shards": torch.Tensor.long}, "side_norm: shards must be int32, got torch.int64"),
     ({"rows": lambda t: t[1:]}, "side_norm: rows has 1 entries, shards has 2"),
+    ({"x": lambda t: t[:, :20]}, "side_norm: mask_bits has 2 words a row, d_in = 20 needs 1"),
+]
+
+
+@pytest.fixture
+def norm(side):
+    del side["y"], side["route"]
+    pair = torch.tensor([0, 1], dtype=torch.int32)
+    return {**side, "rows": pair, "shards": pair}
+
+
+@pytest.mark.parametrize(("changes", "message"), NORM)
+def test_side_norm(provider, norm, changes, message):
+    refused(ops.side_norm, norm, changes, message)
+
+
+NORM_DATA = [
     ({"rows": lambda t: t + 2}, "side_norm: rows must be between 0 and 2, got 3"),
     ({"rows": lambda t: t - 1}, "side_norm: rows must be between 0 and 2, got -1"),
     ({"shards": lambda t: t + 1}, "side_norm: shards must be between 0 and 1, got 2"),
     ({"shards": lambda t: t - 1}, "side_norm: shards must be between 0 and 1, got -1"),
-    ({"x": lambda t: t[:, :20]}, "side_norm: mask_bits has 2 words a row, d_in = 20 needs 1"),
     ({"mask_bits": lambda t: t | 1}, "side_norm: row_ptr does not match"),
 ]
 
 
-@pytest.mark.parametrize(("changes", "message"), NORM)
-def test_side_norm(provider, side, changes, message):
-    del side["y"], side["route"]
-    pair = torch.tensor([0, 1], dtype=torch.int32)
-    refused(ops.side_norm, {**side, "rows": pair, "shards": pair}, changes, message)
+@pytest.mark.parametrize(("changes", "message"), NORM_DATA)
+def test_side_norm_with_bad_data(provider, raises_on_data, norm, changes, message):
+    refused_or_nan(raises_on_data, ops.side_norm, norm, changes, message)
+
+
+SKETCH = [
+    ({"x": torch.Tensor.int}, "sketch_norm: x must be float32, bfloat16 or float16, got torch.int"),
+    ({"sketch": torch.Tensor.int}, "sketch_norm: sketch must be float32, bfloat16 or float16, got"),
+    ({"x": lambda t: t[0]}, "sketch_norm: x must have 2 dimensions, got 1"),
+    ({"sketch": lambda t: t[0]}, "sketch_norm: sketch must have 3 dimensions, got 2"),
+    ({"x": lambda t: t[:, 1:]}, "sketch_norm: x has d_in = 39, sketch has 40"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), SKETCH)
+def test_sketch_norm(provider, changes, message):
+    arguments = {"x": torch.randn(3, 40), "sketch": torch.randn(2, 4, 40)}
+    refused(ops.sketch_norm, arguments, changes, message)
 
 
 TRAIN = [
@@ -208,15 +272,11 @@ UPDATE = [
     ({"grad": lambda t: t[1:]}, r"grad has shape \[3, 40\], delta has \[4, 40\]"),
     ({"mask_bits": lambda t: t[:, 1:]}, "mask_bits has 1 words a row, d_in = 40 needs 2"),
     ({"row_ptr": lambda t: t[1:]}, "row_ptr must have 5 entries .*, got 4"),
-    ({"row_ptr": lambda t: t + 1}, "row_ptr must start at 0, one shard at a time"),
-    ({"row_ptr": lambda t: t.clamp(max=3)}, "masked_update_: row_ptr does not match"),
-    ({"mask_bits": lambda t: t | 1}, "masked_update_: row_ptr does not match"),
     ({"m": lambda t: None}, r"give both m and v \(Adam\) or neither \(SGD\)"),
     ({"m": torch.Tensor.half}, "masked_update_: m must be float32, got torch.float16"),
     ({"v": torch.Tensor.half}, "masked_update_: v must be float32, got torch.float16"),
     ({"m": lambda t: t[None]}, "masked_update_: m must have 1 dimension, got 2"),
     ({"m": lambda t: t[1:]}, "masked_update_: m has .* entries, v has "),
-    ({"m": lambda t: t[1:], "v": lambda t: t[1:]}, "masked_update_: row_ptr does not match"),
     ({"m": lambda t: torch.cat([t, t])[::2]}, "masked_update_: m and v must be contiguous"),
     ({"step": lambda t: 0}, "masked_update_: step counts from 1, got 0"),
 ]
@@ -225,6 +285,19 @@ UPDATE = [
 @pytest.mark.parametrize(("changes", "message"), UPDATE)
 def test_masked_update(provider, update, changes, message):
     refused(ops.masked_update_, update, changes, message)
+
+
+UPDATE_DATA = [
+    ({"row_ptr": lambda t: t + 1}, "row_ptr must start at 0, one shard at a time"),
+    ({"row_ptr": lambda t: t.clamp(max=3)}, "masked_update_: row_ptr does not match"),
+    ({"mask_bits": lambda t: t | 1}, "masked_update_: row_ptr does not match"),
+    ({"m": lambda t: t[1:], "v": lambda t: t[1:]}, "masked_update_: row_ptr does not match"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), UPDATE_DATA)
+def test_masked_update_with_bad_data(provider, raises_on_data, update, changes, message):
+    refused_or_nan(raises_on_data, ops.masked_update_, update, changes, message, "delta")
 
 
 def test_pack_and_unpack(provider, make_bank):
@@ -239,9 +312,27 @@ def test_pack_and_unpack(provider, make_bank):
     refused(ops.unpack, packed, {"values": torch.Tensor.int}, "unpack: values must be float32")
     refused(ops.unpack, packed, {"d_in": lambda n: 70}, "unpack: mask_bits has 2 words a row")
     refused(ops.unpack, packed, {"row_ptr": lambda t: t[1:]}, "unpack: row_ptr must have 5 entries")
-    refused(ops.unpack, packed, {"values": lambda t: t[1:]}, "unpack: row_ptr does not match")
-    refused(ops.unpack, packed, {"row_ptr": lambda t: t - 1}, "unpack: row_ptr does not match")
     refused(ops.unpack, packed, {"mask_bits": lambda t: t[0]}, "mask_bits must have 2 dimensions")
+
+
+UNPACK_DATA = [
+    {"values": lambda t: t[1:]},
+    {"row_ptr": lambda t: t - 1},
+    {"mask_bits": lambda t: t | 1},
+]
+
+
+@pytest.mark.parametrize("changes", UNPACK_DATA)
+def test_unpack_with_bad_data(provider, raises_on_data, make_bank, changes):
+    bank = make_bank(1, 4, 40)
+    packed = {
+        "mask_bits": bank.mask_bits[0],
+        "values": bank.values,
+        "row_ptr": bank.row_ptr,
+        "d_in": 40,
+    }
+    message = "unpack: row_ptr does not match"
+    refused_or_nan(raises_on_data, ops.unpack, packed, changes, message)
 
 
 @pytest.mark.parametrize(

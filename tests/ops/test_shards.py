@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from wise_ext import ops
 
+ABOUT = ("pack", "unpack", "ties_merge")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

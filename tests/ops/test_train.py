@@ -7,6 +7,7 @@ import torch
 
 from wise_ext import ops
 
+ABOUT = ("dual_linear_train", "masked_update_")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1, 1), (6, 7, 45), (33, 20, 96), (40, 33, 543), (0, 4, 40), (3, 0, 40), (3, 4, 0)]
 

@@ -7,6 +7,7 @@ import inspect
 import torch
 from torch import nn
 
+from wise_ext import ops
 from wise_ext.errors import ModelError
 from wise_ext.memory import PackedBank, Router, SideMemory
 from wise_ext.models.generation import wrap_generate
@@ -27,6 +28,7 @@ __all__ = [
     "unload",
 ]
 
+_INFERENCE_OPS = ("add_side_", "side_norm")
 _BANK_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -47,6 +49,7 @@ def patch(model: nn.Module, memory: SideMemory, dtype: torch.dtype | None = None
         ModelError: the model has no such layer, it is no linear projection or one of another
             shape, the key layer lies above it, or the dtype is none of the three. The model is
             then as it was.
+        NativeError: a backend was chosen by name that has no kernel for the model's device.
     """
     current = installed_patch(model)
     layer, base = memory.layer, get_module(model, memory.layer)
@@ -61,6 +64,10 @@ def patch(model: nn.Module, memory: SideMemory, dtype: torch.dtype | None = None
     if dtype is not None and dtype not in _BANK_DTYPES:
         raise ModelError(f"a side memory is kept in fp32, bf16 or fp16, not in {dtype}")
     chosen, device = _values_of(model, base)
+    # Implementations are picked now and not in a forward pass: one that was asked for and cannot
+    # be had is refused while the model is as it was.
+    for op in _INFERENCE_OPS:
+        ops.backend(op, device)
     bank = memory.bank(dtype or chosen, device)
     router = memory.router(bank)
     if router is not None:

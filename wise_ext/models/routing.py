@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from wise_ext.errors import ModelError
 from wise_ext.memory import MAIN, Router
 from wise_ext.models.real_tokens import first_tokens, real_tokens
-from wise_ext.nn import RouteState
+from wise_ext.nn import Glance, RouteState
 
 _HELD = "_wise_ext_route"
 _serials = itertools.count(1)
@@ -30,12 +30,12 @@ class RouteKnown(Exception):
 
 
 class Held:
-    """A route some generation keeps: int32 `[B]`, whether it names a shard, and whose it is."""
+    """A route some generation keeps: int32 `[B]`, a look at it, and whose it is."""
 
-    def __init__(self, serial: int, route: Tensor, active: bool) -> None:
+    def __init__(self, serial: int, route: Tensor, glance: Glance | None) -> None:
         self.serial = serial
         self.route = route
-        self.active = active
+        self.glance = glance
 
 
 class Routing:
@@ -92,7 +92,9 @@ class Routing:
             empty = False if cache is None else _is_empty(past)
             if empty is False or (empty is None and tokens == 1):
                 route = rows_of(held.route, batch, "routes on the cache")
-                state.settle(route, None if torch.compiler.is_compiling() else held.active)
+                state.settle(route, held.glance)
+                if not torch.compiler.is_compiling():
+                    held.glance = state.glance
                 return
             if empty is None and isinstance(past, Tensor):
                 # A used static cache that may have been reset: chosen without waiting for it.
@@ -167,8 +169,8 @@ class Routing:
             self._hold(self._keeper, route)
 
     def _hold(self, keeper: Any, route: Tensor) -> None:
-        active = torch.compiler.is_compiling() or self.state.active
-        setattr(keeper, _HELD, Held(self._serial, route, active))
+        glance = None if torch.compiler.is_compiling() else self.state.glance
+        setattr(keeper, _HELD, Held(self._serial, route, glance))
 
     def _forget(self) -> None:
         self.state.clear()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from wise_ext.errors import ModelError
 from wise_ext.models.generation import routes_of
-from wise_ext.models.installed import patch_of
+from wise_ext.models.installed import Patch, patch_of
 
 
 @contextmanager
@@ -27,11 +27,12 @@ def prompt_lengths(model: nn.Module, lengths: Sequence[int] | Tensor) -> Iterato
     Raises:
         ModelError: the model is not patched, or a length is not a positive whole number.
     """
-    state = patch_of(model).routing.state
+    installed = patch_of(model)
+    state = installed.routing.state
     limits = torch.as_tensor(lengths).reshape(-1)
     if limits.is_floating_point() or limits.numel() == 0 or int(limits.min()) < 1:
         raise ModelError("prompt lengths are counted in tokens: give one number >= 1 a row")
-    outer, state.limits = state.limits, limits.to(torch.int64)
+    outer, state.limits = state.limits, _near(installed, limits.to(torch.int64))
     try:
         yield
     finally:
@@ -57,7 +58,7 @@ def force_route(model: nn.Module, route: int | Sequence[int] | Tensor) -> Iterat
         what = f"shard {wrong[0]}" if wrong else "an empty list of routes"
         raise ModelError(f"cannot force {what}: there are {count} shards (-1 is main memory)")
     state = installed.routing.state
-    outer, state.forced = state.forced, routes.to(torch.int32)
+    outer, state.forced = state.forced, _near(installed, routes.to(torch.int32))
     try:
         yield
     finally:
@@ -107,3 +108,8 @@ def decide_routes(
         ModelError: the model is not patched.
     """
     return routes_of(model, patch_of(model).routing, input_ids, attention_mask)
+
+
+def _near(installed: Patch, values: Tensor) -> Tensor:
+    """Bring values to the model's device once, and not in every forward pass."""
+    return values.to(installed.dual.bank.values.device)

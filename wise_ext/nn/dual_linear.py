@@ -53,7 +53,8 @@ class DualLinear(nn.Module):
             return y
         if self.bank.num_shards == 0:
             return y
-        if not torch.compiler.is_compiling() and not self.state.active:
+        glance = self.state.glance
+        if not torch.compiler.is_compiling() and glance is not None and not glance.routed():
             return y
         d_out, d_in = self.bank.shape
         inputs, outputs = x.reshape(-1, d_in), y.reshape(-1, d_out)

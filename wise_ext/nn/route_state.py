@@ -6,6 +6,39 @@ import torch
 from torch import Tensor
 
 
+class Glance:
+    """Whether a route names a shard at all: seen once, and without waiting for a GPU.
+
+    Args:
+        route: int32 `[B]`.
+    """
+
+    def __init__(self, route: Tensor) -> None:
+        self._on_gpu = route.device.type == "cuda"
+        self._routed: bool | None = None
+        if route.device.type == "cpu":
+            self._routed = bool((route >= 0).any())
+        elif not self._on_gpu or torch.cuda.is_current_stream_capturing():
+            self._routed = True
+        else:
+            # The answer travels to the host behind the work queued so far; `routed` asks whether
+            # it has arrived.
+            with torch.cuda.device(route.device):
+                self._flag = torch.empty((), dtype=torch.bool, pin_memory=True)
+                self._flag.copy_((route >= 0).any(), non_blocking=True)
+                self._arrived = torch.cuda.Event()
+                self._arrived.record()
+
+    def routed(self) -> bool:
+        """False only when it is known that no row is routed to a shard."""
+        if self._on_gpu and torch.cuda.is_current_stream_capturing():
+            # A captured graph runs again with other routes in the same place.
+            return True
+        if self._routed is None and self._arrived.query():
+            self._routed = bool(self._flag)
+        return self._routed is not False
+
+
 class RouteState:
     """Shared by the pieces of one patched model: what is forced, and the forward in progress.
 
@@ -18,8 +51,8 @@ class RouteState:
             None where there is none, or not yet one.
         real: bool `[B, T]`, the tokens that decide, while a decision is due.
         decide: whether the running forward pass has to decide.
-        active: whether any row is routed to a shard. Outside compiled code it lets a forward pass
-            without one skip the side memory; compiled code never reads it.
+        glance: a look at the route. Outside compiled code it lets a forward pass in which no row
+            is routed skip the side memory; compiled code never reads it.
         last_route: int32 `[B]`, the latest decision; None before the first.
     """
 
@@ -30,7 +63,7 @@ class RouteState:
         self.route: Tensor | None = None
         self.real: Tensor | None = None
         self.decide = False
-        self.active = True
+        self.glance: Glance | None = None
         self.last_route: Tensor | None = None
 
     def await_decision(self, real: Tensor) -> None:
@@ -39,18 +72,18 @@ class RouteState:
         self.real = real
         self.decide = True
 
-    def settle(self, route: Tensor, active: bool | None = None) -> None:
+    def settle(self, route: Tensor, glance: Glance | None = None) -> None:
         """This is the route, int32 `[B]`, of the running forward pass.
 
         Args:
             route: -1 or a shard for each row.
-            active: whether it names a shard at all; None looks.
+            glance: a look at it from an earlier pass; None looks.
         """
         self.clear()
         self.route = route
         if not torch.compiler.is_compiling():
-            # One look a decision, not one a layer call: on a GPU looking waits for the device.
-            self.active = bool((route >= 0).any()) if active is None else active
+            # One look a decision, not one a layer call.
+            self.glance = Glance(route) if glance is None else glance
 
     def clear(self) -> None:
         """Forget the forward pass: without a route every module gives main memory's output."""

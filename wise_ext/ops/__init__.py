@@ -24,13 +24,16 @@ from wise_ext.ops.backends import (
     resolve,
     set_backend,
     set_cpu_isa,
+    why,
 )
+from wise_ext.ops.capabilities import FEW_ROWS
 from wise_ext.ops.schema import SCHEMAS
 
 OPS = tuple(SCHEMAS)
 
 __all__ = [
     "CHOICES",
+    "FEW_ROWS",
     "ISAS",
     "OPS",
     "add_side_",
@@ -46,8 +49,10 @@ __all__ = [
     "set_backend",
     "set_cpu_isa",
     "side_norm",
+    "sketch_norm",
     "ties_merge",
     "unpack",
+    "why",
 ]
 
 
@@ -66,7 +71,7 @@ def add_side_(
         )
         y.add_(side)
         return
-    resolve("add_side_", y)(y, x, mask_bits, values, row_ptr, route)
+    resolve("add_side_", y, y.shape[0])(y, x, mask_bits, values, row_ptr, route)
 
 
 def dual_linear(
@@ -86,7 +91,9 @@ def dual_linear(
         y = F.linear(x, weight, bias)
         add_side_(y, x, mask_bits, values, row_ptr, route)
         return y
-    result: Tensor = resolve("dual_linear", x)(x, weight, bias, mask_bits, values, row_ptr, route)
+    result: Tensor = resolve("dual_linear", x, x.shape[0])(
+        x, weight, bias, mask_bits, values, row_ptr, route
+    )
     return result
 
 
@@ -98,7 +105,19 @@ def side_norm(
     x [N, d_in]; rows and shards int32 [P]. Nothing of the size of `D x` is written. Meant for
     deciding routes: no gradient flows through it (`dual_linear_train`'s indicator has one).
     """
-    result: Tensor = resolve("side_norm", x)(x.detach(), mask_bits, values, row_ptr, rows, shards)
+    op = resolve("side_norm", x, rows.shape[0])
+    result: Tensor = op(x.detach(), mask_bits, values, row_ptr, rows, shards)
+    return result
+
+
+def sketch_norm(x: Tensor, sketch: Tensor) -> Tensor:
+    """Estimated indicators (Eq. 3): `||S_s x_n||_2` for every row n and shard s, fp32 [N, k].
+
+    x [N, d_in]; sketch [k, r, d_in] with `S_s = R D_s`, R an [r, d_out] random projection of
+    variance 1/r: the estimate of `||D_s x||_2` then has a relative error of about 1/sqrt(2r). No
+    gradient.
+    """
+    result: Tensor = resolve("sketch_norm", x, x.shape[0])(x.detach(), sketch.detach())
     return result
 
 

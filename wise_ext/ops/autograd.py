@@ -34,7 +34,7 @@ class SideProduct(torch.autograd.Function):
         ctx.x_dtype, ctx.d_in = x.dtype, x.shape[1]
         wide = torch.float64 if torch.float64 in (x.dtype, values.dtype) else torch.float32
         side = torch.zeros(x.shape[0], mask_bits.shape[1], dtype=wide, device=x.device)
-        resolve("add_side_", side)(side, x, mask_bits, values, row_ptr, route)
+        resolve("add_side_", side, side.shape[0])(side, x, mask_bits, values, row_ptr, route)
         return side
 
     @staticmethod

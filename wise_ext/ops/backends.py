@@ -1,35 +1,43 @@
-"""Which implementation an op call gets: the native module's kernel or the torch reference.
+"""Which implementation an op call gets: the native module's, Triton's, or the torch reference.
 
 `wise_ext._C` is loaded once, when this module is first imported; a failure to load is kept and
-told to whoever asks for "native" by name. The environment variable WISE_BACKEND
-(auto | native | reference) sets the first choice, WISE_CPU_ISA (avx512 | avx2 | portable) the
-instruction set of the CPU kernels.
+told to whoever asks for "native" by name. The choice falls from a table of capabilities, once for
+each op and device. The environment variable WISE_BACKEND (auto | native | triton | reference) sets
+the first choice, WISE_CPU_ISA (avx512vbmi2 | avx512 | avx2 | portable) the instruction set of the
+CPU kernels.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import warnings
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Literal, cast
 
 import torch
 
 from wise_ext._build_info import read_build_info
 from wise_ext.errors import ConfigError, NativeError
-from wise_ext.ops.schema import NAMESPACE, REFERENCE_NAMESPACE, SCHEMAS
+from wise_ext.ops import capabilities, triton_binding
+from wise_ext.ops.capabilities import Facts, Provider, Selection
+from wise_ext.ops.schema import NAMESPACE, REFERENCE_NAMESPACE, SCHEMAS, TRITON_NAMESPACE
 
-Choice = Literal["auto", "native", "reference"]
-Isa = Literal["portable", "avx2", "avx512"]
+Choice = Literal["auto", "native", "triton", "reference"]
+Isa = Literal["portable", "avx2", "avx512", "avx512vbmi2"]
 
-CHOICES: tuple[Choice, ...] = ("auto", "native", "reference")
-ISAS: tuple[Isa, ...] = ("portable", "avx2", "avx512")
+CHOICES: tuple[Choice, ...] = ("auto", "native", "triton", "reference")
+ISAS: tuple[Isa, ...] = ("portable", "avx2", "avx512", "avx512vbmi2")
 
-_REBUILD = (
-    "build it with a C++20 compiler on PATH (pip install --no-build-isolation -e . in the "
-    "source tree), or use the torch reference: set_backend('auto') or WISE_BACKEND=auto"
-)
+_CURES = {
+    "native": (
+        "build it with a C++20 compiler on PATH (pip install --no-build-isolation -e . in the "
+        "source tree), or use the torch reference: set_backend('auto') or WISE_BACKEND=auto"
+    ),
+    "triton": "install it (pip install triton), or choose set_backend('auto')",
+}
 
 
 class _State:
@@ -40,20 +48,27 @@ class _State:
         self.loaded = False
         self.failure = ""
         self.kernels: frozenset[tuple[str, str]] = frozenset()  # (op, device type)
+        self.architectures = ""
+        self.triton = frozenset(triton_binding.OPS if importlib.util.find_spec("triton") else ())
 
 
 _state = _State()
-_reference: dict[str, Callable[..., Any]] = {
-    name: getattr(getattr(torch.ops, REFERENCE_NAMESPACE), name).default for name in SCHEMAS
-}
-_registered: dict[str, Callable[..., Any]] = {
-    name: getattr(getattr(torch.ops, NAMESPACE), name).default for name in SCHEMAS
+
+
+def _callables(namespace: str) -> dict[str, Callable[..., Any]]:
+    return {name: getattr(getattr(torch.ops, namespace), name).default for name in SCHEMAS}
+
+
+_implementations: dict[str, dict[str, Callable[..., Any]]] = {
+    "native": _callables(NAMESPACE),
+    "triton": _callables(TRITON_NAMESPACE),
+    "reference": _callables(REFERENCE_NAMESPACE),
 }
 
 
 def _load() -> None:
     try:
-        importlib.import_module("wise_ext._C")
+        module = importlib.import_module("wise_ext._C")
     except Exception as error:
         _state.failure = f"{type(error).__name__}: {error}"
         return
@@ -66,6 +81,7 @@ def _load() -> None:
     )
     if _state.kernels:
         _state.loaded = True
+        _state.architectures = module.build_info().get("cuda_archs", "")
     else:
         _state.failure = "it was built from another version and registers no kernels"
 
@@ -81,53 +97,84 @@ def native_failure() -> str:
 
 
 def set_backend(choice: Choice) -> None:
-    """Choose for all later calls: "auto", "native" or "reference".
+    """Choose for all later calls: "auto", "native", "triton" or "reference".
 
     Raises `ConfigError` for another word and `NativeError`, with cause and cure, when "native" is
-    asked for and the compiled module could not be loaded.
+    asked for and the compiled module could not be loaded, or "triton" and there is none.
     """
     if choice not in CHOICES:
         raise ConfigError(f"unknown backend {choice!r}: choose one of {', '.join(CHOICES)}")
-    if choice == "native":
-        _need_native()
+    if choice in ("native", "triton"):
+        _need(choice)
     _state.choice = choice
 
 
 def get_backend() -> Choice:
-    """The choice in force: "auto", "native" or "reference"."""
+    """The choice in force: "auto", "native", "triton" or "reference"."""
     return _state.choice
 
 
-def backend(op: str, device: torch.device | str) -> str:
-    """Which implementation `op` takes on `device`: "native" or "reference".
+def backend(op: str, device: torch.device | str, rows: int = 1) -> Provider:
+    """Which implementation `op` takes on `device` for so many rows (pairs, for side_norm).
 
-    Raises `ConfigError` for an unknown op, `NativeError` when "native" was chosen and there is
-    no such kernel.
+    "native", "triton" or "reference". Raises `ConfigError` for an unknown op, `NativeError` when
+    "native" or "triton" was chosen and has no such kernel.
     """
     if op not in SCHEMAS:
         raise ConfigError(f"unknown op {op!r}: the ops are {', '.join(SCHEMAS)}")
-    if _state.choice == "reference":
-        return "reference"
-    kind = torch.device(device).type
-    if _state.loaded and (op, kind) in _state.kernels:
-        return "native"
-    if _state.choice == "native":
-        _need_native()
-        raise NativeError(
-            f"there is no native {op} for device type {kind!r}: move the tensors to the CPU or "
-            "choose set_backend('auto')"
-        )
-    return "reference"
+    where = torch.device(device)
+    return capabilities.at(_selection(_state.choice, op, where.type, where.index), rows)
 
 
-def resolve(op: str, tensor: torch.Tensor) -> Callable[..., Any]:
-    """The callable behind `op` for tensors like `tensor`; float64 always takes the reference."""
-    if _state.choice == "auto":
-        return _reference[op] if tensor.dtype == torch.float64 else _registered[op]
-    if _state.choice == "native":
-        backend(op, tensor.device)
-        return _registered[op]
-    return _reference[op]
+def resolve(op: str, tensor: torch.Tensor, rows: int = 0) -> Callable[..., Any]:
+    """The callable behind `op` for tensors like `tensor`; float64 always takes the reference.
+
+    `rows` matters to the ops that have one kernel for few of them and one for many.
+    """
+    if _state.choice == "auto" and tensor.dtype == torch.float64:
+        return _implementations["reference"][op]
+    selection = _selection(_state.choice, op, tensor.device.type, tensor.device.index)
+    return _implementations[capabilities.at(selection, rows)][op]
+
+
+def _selection(choice: Choice, op: str, device_type: str, index: int | None) -> Selection:
+    return _selected(choice, op, device_type, index)
+
+
+# What torch.compiler.assume_constant_result sets; calling that would import the compiler here.
+_selection._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@cache
+def _selected(choice: Choice, op: str, device_type: str, index: int | None) -> Selection:
+    facts = _facts(device_type, index)
+    if choice == "auto":
+        return capabilities.select(op, device_type, facts)
+    if choice != "reference":
+        _need(choice)
+        if not capabilities.can_run(choice, op, device_type, facts):
+            cause = capabilities.why_not(choice, op, device_type, facts)
+            raise NativeError(
+                f"there is no {choice} {op} for device type {device_type!r} ({cause}): move the "
+                "tensors, or choose set_backend('auto')"
+            )
+    return (choice, choice)
+
+
+def _facts(device_type: str, index: int | None) -> Facts:
+    capability = None
+    if device_type == "cuda" and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability(index)
+    return Facts(_state.kernels, _state.triton, capability, _state.architectures)
+
+
+def why(op: str, device: torch.device | str, provider: Provider) -> str:
+    """Why `op` cannot take `provider` on `device`; empty where it can."""
+    where = torch.device(device)
+    facts = _facts(where.type, where.index)
+    if capabilities.can_run(provider, op, where.type, facts):
+        return ""
+    return capabilities.why_not(provider, op, where.type, facts)
 
 
 def cpu_isa() -> Isa | None:
@@ -144,7 +191,7 @@ def set_cpu_isa(isa: Isa | Literal["auto"]) -> None:
     """
     if isa != "auto" and isa not in ISAS:
         raise ConfigError(f"unknown CPU instruction set {isa!r}: choose auto, {', '.join(ISAS)}")
-    _need_native()
+    _need("native")
     wanted = len(ISAS) if isa == "auto" else ISAS.index(isa)
     got = cast(int, torch.ops.wise_ext.cpu_isa(wanted))
     if isa != "auto" and got != wanted:
@@ -153,18 +200,22 @@ def set_cpu_isa(isa: Isa | Literal["auto"]) -> None:
         )
 
 
-def _need_native() -> None:
-    if not _state.loaded:
+def _need(provider: Literal["native", "triton"]) -> None:
+    if provider == "native" and not _state.loaded:
         # What the build said at the time tells more than a missing file.
         causes = "; ".join([_state.failure, *read_build_info().reasons])
-        raise NativeError(f"the native module wise_ext._C cannot be used ({causes}): {_REBUILD}")
+        raise NativeError(
+            f"the native module wise_ext._C cannot be used ({causes}): {_CURES[provider]}"
+        )
+    if provider == "triton" and not _state.triton:
+        raise NativeError(f"triton is not installed: {_CURES[provider]}")
 
 
 def _from_environment() -> None:
     """Apply WISE_BACKEND and WISE_CPU_ISA; a bad value warns, since an import must not fail."""
     choice = os.environ.get("WISE_BACKEND", "auto")
     if choice in CHOICES:
-        # "native" without a module is refused at the first call, where it can be explained.
+        # One that cannot be had is refused at the first call, where it can be explained.
         _state.choice = choice
     else:
         warnings.warn(

@@ -220,6 +220,18 @@ def pairs(
     )
 
 
+def sketch(op: str, x: Tensor, sketches: Tensor) -> None:
+    """`sketch_norm`'s arguments: x [N, d_in] and one [r, d_in] projection a shard."""
+    floating(op, x=x, sketch=sketches)
+    dims(op, 2, x=x)
+    dims(op, 3, sketch=sketches)
+    same_device(op, x=x, sketch=sketches)
+    require(
+        x.shape[1] == sketches.shape[2],
+        f"{op}: x has d_in = {x.shape[1]}, sketch has {sketches.shape[2]}",
+    )
+
+
 def train(op: str, x: Tensor, delta: Tensor, mask_bits: Tensor) -> None:
     """x [N, d_in], delta fp32 [d_out, d_in] and its mask."""
     floating(op, x=x)

@@ -113,6 +113,16 @@ def side_norm(
     return norms
 
 
+def sketch_norm(x: Tensor, sketch: Tensor) -> Tensor:
+    """`wise_ext.ops.sketch_norm`: ||S_shard x_row||_2 for every row and shard."""
+    checks.sketch("sketch_norm", x, sketch)
+    wide = _accumulator(x, sketch)
+    k, rank, d_in = sketch.shape
+    projected = x.to(wide) @ sketch.to(wide).reshape(k * rank, d_in).T
+    norms: Tensor = projected.view(x.shape[0], k, rank).norm(dim=-1)
+    return norms
+
+
 def dual_linear_train(
     x: Tensor, base: Tensor, delta: Tensor, mask_bits: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

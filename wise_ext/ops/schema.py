@@ -1,23 +1,25 @@
 """Schemas, shape functions ("fakes") and the reference registration of every op.
 
-Two namespaces share each schema. `torch.ops.wise_ext` has the reference for every device
+Namespaces share each schema, one for each way to run an op, so that the choice stays one opaque
+node under torch.compile. `torch.ops.wise_ext` has the reference for every device
 (CompositeExplicitAutograd) until the native module registers a kernel for its device's own key,
-which the dispatcher prefers. `torch.ops.wise_ext_reference` always runs the reference, so that
-choosing it stays one opaque node under torch.compile.
+which the dispatcher prefers. `torch.ops.wise_ext_reference` always runs the reference,
+`torch.ops.wise_ext_triton` the Triton kernels (ops/triton_binding.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from wise_ext.ops import checks, reference
+from wise_ext.ops import checks, reference, triton_binding
 
 NAMESPACE = "wise_ext"
 REFERENCE_NAMESPACE = "wise_ext_reference"
+TRITON_NAMESPACE = "wise_ext_triton"
 
 _BANK = "Tensor mask_bits, Tensor values, Tensor row_ptr"
 
@@ -26,6 +28,7 @@ SCHEMAS: dict[str, str] = {
     "add_side_backward": f"(Tensor grad, {_BANK}, Tensor route, SymInt d_in) -> Tensor",
     "dual_linear": (f"(Tensor x, Tensor weight, Tensor? bias, {_BANK}, Tensor route) -> Tensor"),
     "side_norm": f"(Tensor x, {_BANK}, Tensor rows, Tensor shards) -> Tensor",
+    "sketch_norm": "(Tensor x, Tensor sketch) -> Tensor",
     "dual_linear_train": (
         "(Tensor x, Tensor base, Tensor delta, Tensor mask_bits)"
         " -> (Tensor y, Tensor side, Tensor indicator)"
@@ -78,6 +81,11 @@ def _side_norm(
 ) -> Tensor:
     checks.pairs("side_norm", x, mask_bits, values, row_ptr, rows, shards)
     return x.new_empty(rows.shape[0], dtype=_wide(x, values))
+
+
+def _sketch_norm(x: Tensor, sketch: Tensor) -> Tensor:
+    checks.sketch("sketch_norm", x, sketch)
+    return x.new_empty(x.shape[0], sketch.shape[0], dtype=_wide(x, sketch))
 
 
 def _dual_linear_train(
@@ -156,6 +164,7 @@ FAKES: dict[str, Callable[..., Any]] = {
     "add_side_backward": _add_side_backward,
     "dual_linear": _dual_linear,
     "side_norm": _side_norm,
+    "sketch_norm": _sketch_norm,
     "dual_linear_train": _dual_linear_train,
     "dual_linear_train_backward": _dual_linear_train_backward,
     "masked_update_": _masked_update,
@@ -165,20 +174,31 @@ FAKES: dict[str, Callable[..., Any]] = {
 }
 
 
-def _register(namespace: str) -> torch.library.Library:
+def register(
+    namespace: str, implementations: Mapping[str, Callable[..., Any]]
+) -> torch.library.Library:
+    """Define every op in a namespace, with its fake; register what is there for all devices.
+
+    Returns the library, which must be kept: it unregisters its ops when it is collected.
+    """
     library = torch.library.Library(namespace, "DEF")
     # Flat, row-major inputs are what every kernel wants: let inductor keep eager's strides.
     tags = (torch.Tag.needs_exact_strides,)
     for name, schema in SCHEMAS.items():
         library.define(name + schema, tags=tags)
-        # Autograd lives outside the ops (ops/autograd.py): nothing inside may be recorded.
-        function = torch.no_grad()(getattr(reference, name))
-        library.impl(name, function, "CompositeExplicitAutograd")
+        if name in implementations:
+            # Autograd lives outside the ops (ops/autograd.py): nothing inside may be recorded.
+            function = torch.no_grad()(implementations[name])
+            library.impl(name, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{namespace}::{name}", FAKES[name], lib=library)
     return library
 
 
-# A Library unregisters its ops when it is collected: keep both for the life of the process.
-LIBRARIES = (_register(NAMESPACE), _register(REFERENCE_NAMESPACE))
+_REFERENCES = {name: getattr(reference, name) for name in SCHEMAS}
+LIBRARIES = (
+    register(NAMESPACE, _REFERENCES),
+    register(REFERENCE_NAMESPACE, _REFERENCES),
+    register(TRITON_NAMESPACE, triton_binding.OPS),
+)
 # Implemented by the native module alone: the instruction set its CPU kernels use (see backends).
 LIBRARIES[0].define("cpu_isa(int force) -> int")

@@ -1,0 +1,1 @@
+"""Triton kernels; installed as wise_ext.triton_kernels."""
