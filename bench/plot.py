@@ -1,19 +1,23 @@
-"""`python -m bench.plot FILE.jsonl --out DIR`: speed-ups over plain torch, and rooflines, as PNGs.
+"""`python -m bench.plot [FILE.jsonl ...] [--out DIR]`: recorded rows as figures.
 
-Needs matplotlib, which only this uses (the `bench` extra).
+Rows of `bench.run` become speed-ups over plain torch and rooflines, rows of `bench.lifelong` its
+metrics against the number of edits. Needs matplotlib, which only this uses (the `bench` extra).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bench import lifelong_plot
 from bench import rows as bench_rows
 from bench.cases import DISPATCH_SHAPE, ROUTES, SHAPES, Case
-from bench.rows import Row
+from bench.lifelong_options import RESULTS
+from bench.rows import ROOT, Row
 from wise_ext.cli import console
 
 if TYPE_CHECKING:
@@ -31,6 +35,7 @@ STYLES = {
     "reference": ("#B8B8B8", "v"),
 }
 BASELINE = "torch"
+PLOTS = ROOT / "docs" / "plots"
 # More lines than this and labels become small: the figure gets another column.
 LINES_A_COLUMN = 36
 
@@ -196,17 +201,28 @@ def _where(rows: Sequence[Row]) -> str:
     return f"{name}, torch {machine['torch']}, commit {machine['commit']}"
 
 
-def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Write every figure that the rows give; one device a file name."""
+def draw(rows: Sequence[Row], folder: Path, svg: bool = False) -> list[Path]:
+    """Write every figure that the rows give, as PNG and if asked for as SVG too."""
     folder.mkdir(parents=True, exist_ok=True)
-    latest = {(row["machine"]["device"], Case.from_json(row), row["provider"]): row for row in rows}
+    figures = _measured([row for row in rows if "provider" in row])
+    figures |= lifelong_plot.figures(rows)
     written = []
+    for name, figure in figures.items():
+        for suffix in ("png", "svg") if svg else ("png",):
+            written.append(folder / f"{name}.{suffix}")
+            figure.savefig(written[-1], dpi=110)
+    return written
+
+
+def _measured(rows: Sequence[Row]) -> dict[str, Figure]:
+    """Figures of `bench.run`'s rows; one device a file name."""
+    latest = {(row["machine"]["device"], Case.from_json(row), row["provider"]): row for row in rows}
+    found: dict[str, Figure | None] = {}
     for device in sorted({key[0] for key in latest}):
         here = [row for key, row in latest.items() if key[0] == device]
-        figures = {
-            f"ratio-{op.strip('_')}-{device}": ratios(op, [row for row in here if row["op"] == op])
-            for op in sorted({row["op"] for row in here})
-        }
+        for op in sorted({row["op"] for row in here}):
+            own = [row for row in here if row["op"] == op]
+            found[f"ratio-{op.strip('_')}-{device}"] = ratios(op, own)
         busy = [
             row
             for row in here
@@ -214,20 +230,30 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
         ]
         for dtype in sorted({row["dtype"] for row in busy}):
             part = [row for row in busy if row["dtype"] == dtype]
-            figures[f"roofline-{dtype}-{device}"] = roofline(dtype, part)
-        for name, figure in figures.items():
-            if figure is not None:
-                written.append(folder / f"{name}.png")
-                figure.savefig(written[-1], dpi=110)
-    return written
+            found[f"roofline-{dtype}-{device}"] = roofline(dtype, part)
+    return {name: figure for name, figure in found.items() if figure is not None}
 
 
 def main(
     files: Annotated[
-        list[Path],
-        typer.Argument(metavar="FILE...", help="Rows of bench.run.", exists=True, dir_okay=False),
-    ],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the PNGs go.")],
+        list[Path] | None,
+        typer.Argument(
+            metavar="[FILE...]",
+            help="Rows of bench.run or bench.lifelong; without, bench/results/lifelong.jsonl.",
+            exists=True,
+            dir_okay=False,
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the figures go.")] = PLOTS,
+    name: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Only lifelong runs of this name (repeat for more); * stands for anything.",
+            show_default=False,
+        ),
+    ] = None,
+    svg: Annotated[bool, typer.Option("--svg", help="Draw SVGs too.")] = False,
 ) -> None:
     """Draw rows."""
     try:
@@ -235,11 +261,19 @@ def main(
     except ImportError as error:
         console.complain("drawing needs matplotlib: pip install 'wise-ext[bench]'")
         raise typer.Exit(1) from error
-    rows = [row for file in files for row in bench_rows.read(file)]
+    chosen = files or [path for path in (RESULTS,) if path.is_file()]
+    rows = [row for file in chosen for row in bench_rows.read(file)]
+    rows = [
+        row
+        for row in rows
+        if not name
+        or not lifelong_plot.is_lifelong(row)
+        or any(fnmatchcase(row["name"], pattern) for pattern in name)
+    ]
     if not rows:
         console.complain("there are no rows to draw")
         raise typer.Exit(1)
-    for path in draw(rows, out):
+    for path in draw(rows, out, svg):
         console.say(str(path))
 
 

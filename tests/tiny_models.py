@@ -16,7 +16,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from wise_ext.editing.edits import demo_edits
 from wise_ext.editing.prompts import neutral_prompts
-from wise_ext.memory import KeyIndex, Shard, SideMemory, bool_to_bits, random_mask_bits
+from wise_ext.memory import (
+    KeyIndex,
+    Shard,
+    SideMemory,
+    TokenKeys,
+    bool_to_bits,
+    random_mask_bits,
+)
 from wise_ext.models import get_module, layer_path, projection_shape
 
 VOCABULARY = 61
@@ -120,16 +127,21 @@ def key_memory(
     key_layer: str | None = None,
     scale: float = 2.0,
 ) -> SideMemory:
-    """A memory of one shard a known prompt, found by the mean activation of that prompt."""
+    """A memory of one shard a known prompt, found by that prompt's tokens."""
     layer = layer or layer_path(model)
     key_layer = key_layer or layer_path(model, 0)
     shape = projection_shape(get_module(model, layer))
-    keys = torch.stack([activation(model, key_layer, row).mean(0) for row in known])
-    background = torch.stack(
-        [activation(model, key_layer, row).mean(0) for row in prompts(*range(3, 9), seed=99)]
+
+    def tokens(row: list[int]) -> TokenKeys:
+        return TokenKeys(torch.tensor(row), activation(model, key_layer, row))
+
+    background = [tokens(row) for row in prompts(*range(3, 9), seed=99)]
+    index = KeyIndex(background[0].activation.shape[1], background=background)
+    index.add(
+        [tokens(row) for row in known],
+        list(range(len(known))),
+        [f"edit-{i + 1}" for i in range(len(known))],
     )
-    index = KeyIndex(keys.shape[1], background=background)
-    index.add(keys, list(range(len(known))), [f"edit-{i + 1}" for i in range(len(known))])
     shards = [make_shard(shape, seed=i + 1, scale=scale) for i in range(len(known))]
     return SideMemory(layer, shape, shards, "key", key_layer, index, radius=0.95)
 

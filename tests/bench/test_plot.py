@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 pytest.importorskip("matplotlib")
 
-from bench import plot, rows
+from bench import lifelong_plot, plot, rows
 from bench.cases import Case
 from bench.work import WORK
 
@@ -75,3 +77,117 @@ def test_many_cases_go_into_columns() -> None:
     figure = plot.ratios("dual_linear", found)
     assert figure is not None
     assert [len(axes.get_yticks()) for axes in figure.axes] == [27, 27]
+
+
+def lifelong_row(t: int, name: str, regime: str, dataset: str, **more: Any) -> dict[str, Any]:
+    worse = 0.02 * math.log10(t) + (0.03 if regime == "stream" else 0.0)
+    return {
+        "T": t,
+        "name": name,
+        "regime": regime,
+        "dataset": dataset,
+        "model": "smollm2",
+        "rel": 1 - worse / 4,
+        "gen": 0.96 - worse,
+        "loc": 0.99,
+        "generation": {"reliability": 1 - worse / 2, "generalization": 0.9 - 2 * worse},
+        "routing": {
+            "right_shard": 1 - worse / 8,
+            "right_shard_rephrase": 0.98 - worse,
+            "rephrase_to_side": 0.97 - worse,
+            "locality_to_main": 0.995 - worse / 3,
+        },
+        "unedited": None,
+        "target_perplexity": None,
+        "machine": MACHINE,
+        **more,
+    }
+
+
+def lifelong_rows() -> list[dict[str, Any]]:
+    counts = (10, 100, 300, 1000, 1301)
+    found = [
+        lifelong_row(t, f"zsre-{regime}", regime, "zsre")
+        for regime in ("batch", "stream")
+        for t in counts
+    ]
+    found += [
+        lifelong_row(t, "zsre+counterfact-batch", "batch", "zsre+counterfact")
+        for t in (*counts[:4], 3000)
+    ]
+    found += [lifelong_row(t, "hard", "batch", "counterfact") for t in (100, 300)]
+    plain = {"target_perplexity": {"median": 30.0}}
+    found += [
+        lifelong_row(
+            t,
+            "temporal-batch",
+            "batch",
+            "temporal",
+            gen=None,
+            generation={},
+            unedited=plain,
+            target_perplexity={"median": 1.5 + t / 100},
+        )
+        for t in (10, 79)
+    ]
+    return found
+
+
+def test_a_lifelong_run_is_drawn(tmp_path: Path) -> None:
+    file = tmp_path / "lifelong.jsonl"
+    rows.append(file, lifelong_rows())
+    written = plot.draw(rows.read(file), tmp_path / "figures", svg=True)
+    assert [path.name for path in written] == [
+        f"lifelong-{name}.{suffix}"
+        for name in ("zsre", "counterfact", "temporal")
+        for suffix in ("png", "svg")
+    ]
+    for path in written:
+        assert path.read_bytes()[:5] in (b"\x89PNG\r", b"<?xml")
+
+
+def test_lines_and_goals_are_where_the_rows_say() -> None:
+    found = [row for row in lifelong_rows() if row["dataset"].startswith("zsre")]
+    again = lifelong_row(100, "zsre-batch", "batch", "zsre", rel=0.5)
+    figure = lifelong_plot.draw("zsre", [*found, again])
+    panels = {axes.get_title(): axes for axes in figure.axes}
+    assert len(panels) == 8
+    rel = panels["Rel: target tokens, edit"]
+    first, second, third, *goals = rel.get_lines()
+    assert list(first.get_xdata()) == [10, 100, 300, 1000, 1301]
+    assert first.get_ydata()[1] == 0.5  # the later row of one T counts
+    assert (first.get_linestyle(), second.get_linestyle()) == ("-", "--")
+    assert len({line.get_color() for line in (first, second, third)}) == 3
+    assert [(*line.get_xdata(), *line.get_ydata()) for line in goals] == [
+        (100, 1.0),
+        (1000, 0.98),
+        (1000, 0.99),
+        (3000, 0.97),
+    ]
+    assert rel.get_xscale() == "log" and rel.get_ylim()[0] < 0.5
+
+
+def test_panels_without_figures_are_left_out() -> None:
+    found = [row for row in lifelong_rows() if row["dataset"] == "temporal"]
+    figure = lifelong_plot.draw("temporal", found)
+    titles = [axes.get_title() for axes in figure.axes if axes.get_visible()]
+    assert not any("Gen" in title or "generated" in title for title in titles)
+    edited, plain = figure.axes[titles.index(lifelong_plot.PERPLEXITY.title)].get_lines()
+    assert list(edited.get_ydata()) == [1.6, 2.29] and list(plain.get_ydata()) == [30.0, 30.0]
+
+
+def test_names_choose_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "lifelong.jsonl"
+    rows.append(file, lifelong_rows())
+    seen: list[set[str]] = []
+    monkeypatch.setattr(plot, "draw", lambda rows, *_: seen.append({r["name"] for r in rows}) or [])
+    plot.main([file], tmp_path, ["zsre-*", "hard"])
+    assert seen == [{"zsre-batch", "zsre-stream", "hard"}]
+    with pytest.raises(typer.Exit):
+        plot.main([file], tmp_path, ["nothing"])
+
+
+def test_nothing_to_draw(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(plot, "RESULTS", tmp_path / "none.jsonl")
+    with pytest.raises(typer.Exit):
+        plot.main(None, tmp_path)

@@ -40,7 +40,14 @@ EVAL_KEYS = {
     "generalization": None,
     "locality": None,
     "generation": {"reliability", "generalization", "contains", "locality"},
-    "routing": {"edit_to_side", "rephrase_to_side", "locality_to_main", "right_shard"},
+    "routing": {
+        "edit_to_side",
+        "rephrase_to_side",
+        "locality_to_main",
+        "right_shard",
+        "right_shard_rephrase",
+    },
+    "superseded": None,
     "unedited": {"reliability", "generalization"},
     "seconds": None,
 }

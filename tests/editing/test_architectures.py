@@ -18,7 +18,15 @@ EDITS = [
 ]
 # Two facts in a delta of 32 x 48: every entry is needed.
 CONFIG = WiseConfig(
-    mask_ratio=1.0, contexts=0, contexts_per_round=0, learning_rate=0.05, iterations=200, layer=1
+    mask_ratio=1.0,
+    contexts=0,
+    contexts_per_edit=0,
+    contexts_per_round=0,
+    chat_context=False,
+    learning_rate=0.05,
+    iterations=200,
+    stop_margin=1.0,
+    layer=1,
 )
 
 

@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.testing import assert_close
 
+from wise_ext.editing.anatomy import only_at
 from wise_ext.editing.losses import label_loss
 from wise_ext.editing.suffix import SuffixEngine
 from wise_ext.errors import ModelError
 from wise_ext.memory import bits_to_bool, random_mask_bits
+from wise_ext.memory.token_keys import WINDOW
 from wise_ext.models import get_module, layer_path, projection_shape
 
 
@@ -91,16 +94,145 @@ def test_indicator_is_the_mean_over_prompt_tokens(lab: SimpleNamespace) -> None:
     )
 
 
-def test_keys_are_prompt_means_whatever_the_company(lab: SimpleNamespace) -> None:
-    model, engine, _ = _cut(lab, "llama")
-    prompts = lab.prompts(3, 9)
+def test_keys_are_a_prompts_last_tokens_whatever_the_company(
+    lab: SimpleNamespace, architecture: str
+) -> None:
+    model, engine, _ = _cut(lab, architecture)
+    prompts = lab.prompts(3, 9, WINDOW + 5)
     keys = engine.keys(prompts)
     for key, prompt in zip(keys, prompts, strict=True):
-        expected = lab.activation(model, layer_path(model, 0), prompt).mean(0)
-        assert_close(key, expected, rtol=1e-4, atol=1e-5)
-    (row,) = engine.capture(prompts[:1], [[5]])
+        assert key.ids.tolist() == prompt[-WINDOW:]
+        expected = lab.activation(model, layer_path(model, 0), prompt)[-WINDOW:]
+        assert_close(key.activation, expected, rtol=1e-3, atol=1e-4)
+    (row,) = engine.capture(prompts[:1], [[5, 6, 7]])
     assert row.key is not None
-    assert_close(row.key, keys[0], rtol=1e-4, atol=1e-5)
+    # The target is no part of it.
+    assert row.key.ids.tolist() == prompts[0]
+    assert_close(row.key.activation, keys[0].activation, rtol=1e-3, atol=1e-4)
+
+
+def _everywhere(engine: SuffixEngine) -> SuffixEngine:
+    """The same engine, its feed-forwards run at every place of the grid."""
+    plain = copy.copy(engine)
+    plain._feed_forwards = [None] * len(engine._feed_forwards)
+    return plain
+
+
+def test_feed_forwards_at_real_tokens_alone_change_nothing(
+    lab: SimpleNamespace, architecture: str
+) -> None:
+    model, engine, layer = _cut(lab, architecture)
+    assert [module is None for module in engine._feed_forwards] == [architecture == "opt"]
+    delta, bits = _delta(model, layer)
+    rows = engine.capture(lab.prompts(3, 11, 6, 1), lab.prompts(2, 4, 1, 9, seed=1))
+    found = []
+    for each in (engine, _everywhere(engine)):
+        leaf = delta.clone().requires_grad_()
+        output = each.run(rows, leaf, bits)
+        loss = label_loss(output, len(rows)).sum() + output.indicator.sum()
+        found.append((output.logits.detach(), *torch.autograd.grad(loss, leaf)))
+    for got, wanted in zip(*found, strict=True):
+        assert_close(got, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_neox"])
+def test_feed_forwards_read_each_real_token_once(lab: SimpleNamespace, name: str) -> None:
+    model, engine, layer = _cut(lab, name, num_hidden_layers=4)
+    rows = engine.capture(lab.prompts(3, 11), lab.prompts(2, 4, seed=1))
+    seen: list[torch.Size] = []
+    # The first run asks the model what its blocks are called with, too.
+    engine.run(rows, *_delta(model, layer))
+    hooks = [
+        block.mlp.register_forward_hook(lambda m, args, out: seen.append(args[0].shape))
+        for block in engine.blocks[2:]
+    ]
+    engine.run(rows, *_delta(model, layer))
+    for hook in hooks:
+        hook.remove()
+    # 3 + 1 and 11 + 3 tokens; the last block where one of six labels is predicted.
+    assert [shape[:2].numel() for shape in seen] == [18, 6]
+
+
+class _Pair(nn.Module):
+    """A feed-forward that returns more than a hidden state, as mixtures of experts may."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.down_proj = inner.down_proj
+
+    def forward(self, hidden: torch.Tensor) -> Any:
+        return self.inner(hidden), None
+
+
+class _Shifted(_Pair):
+    """A feed-forward in which a token sees the one before it."""
+
+    def forward(self, hidden: torch.Tensor) -> Any:
+        return self.inner(torch.cat([hidden[:, :1], hidden[:, :-1]], dim=1))
+
+
+class _Positioned(_Pair):
+    """A feed-forward with a gain for each of eight positions, which breaks on more tokens."""
+
+    def forward(self, hidden: torch.Tensor) -> Any:
+        gain = torch.linspace(0.5, 1.5, 8)[: hidden.shape[1], None]
+        return self.inner(hidden * gain)
+
+
+@pytest.mark.parametrize("kind", [_Pair, _Shifted, _Positioned])
+def test_feed_forwards_that_cannot_be_cut_run_everywhere(
+    lab: SimpleNamespace, kind: type[_Pair]
+) -> None:
+    model = lab.make_model("llama")
+    mlp = kind(model.model.layers[2].mlp)
+    model.model.layers[2].mlp = mlp
+    if kind is _Pair:
+        # The block takes what it needs, as the block of such a model does.
+        model.model.layers[2] = _Block(model.model.layers[2])
+    layer = layer_path(model, 1)
+    engine = SuffixEngine(model, layer)
+    assert engine._feed_forwards == [None]
+    delta, bits = _delta(model, layer)
+    rows = engine.capture([[3, 4, 5], [6]], [[7, 8], [9]])
+    edited = _edited(model, layer, delta)
+    with torch.no_grad():
+        wanted = edited(torch.tensor([[3, 4, 5, 7, 10, 11, 12, 13]]), use_cache=False).logits[0]
+    assert_close(engine.run(rows, delta, bits).logits[:2], wanted[2:4], rtol=1e-3, atol=1e-3)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+class _Block(nn.Module):
+    """A decoder block whose feed-forward returns a pair."""
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.block, self.mlp = block, block.mlp
+        block.mlp = _First(block.mlp)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.block(*args, **kwargs)
+
+
+class _First(nn.Module):
+    def __init__(self, pair: nn.Module) -> None:
+        super().__init__()
+        self.pair = pair
+
+    def forward(self, hidden: torch.Tensor) -> Any:
+        return self.pair(hidden)[0]
+
+
+def test_only_at_leaves_no_hook_behind() -> None:
+    module = nn.Linear(2, 2)
+    with only_at(module, torch.tensor([1, 3])):
+        out = module(torch.ones(2, 2, 2))
+    assert out.shape == (2, 2, 2)
+    assert not out[:, 0].any() and out[:, 1].equal(module(torch.ones(2, 2)))
+    refused = pytest.raises(ModelError, match=r"not called with \[rows, width, d\]")
+    with refused, only_at(module, torch.tensor([0])):
+        module(torch.ones(2, 2))
+    assert not module._forward_hooks and not module._forward_pre_hooks
 
 
 def test_capture_repeats_to_the_bit(lab: SimpleNamespace) -> None:

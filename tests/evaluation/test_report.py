@@ -6,6 +6,7 @@ table. Routes are looked up by the first word of the prompt.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -37,7 +38,7 @@ EDITED = {"q1": "x", "x": "y", "r1": "z", "q2": "k", "k": "w", "q3": "t", "u": "
     "m": "p",
     "l3": "l3",
 }
-ROUTES = {"q1": 0, "q2": -1, "q3": 1, "r1": 0, "l1": -1, "l3": 0}
+ROUTES = {"q1": 0, "q2": -1, "q3": 1, "r1": 0, "l1": 0, "l3": -1}
 EDITS = [
     Edit("e1", "q1", "x y", "s", "r1", "l1", "m n o"),
     Edit("e2", "q2", "k"),
@@ -61,6 +62,7 @@ class TableModel(PreTrainedModel, GenerationMixin):
         self.plain, self.edited = table(PLAIN), table(EDITED)
         self.on = True
         self.route: torch.Tensor | None = None
+        self.chosen: torch.Tensor | None = None
         self.lengths: torch.Tensor | None = None
         self.asked: list[list[int]] = []
         self.widest = 0
@@ -78,7 +80,8 @@ class TableModel(PreTrainedModel, GenerationMixin):
             elif attention_mask is not None:
                 first = attention_mask.argmax(dim=1)
             words = [WORDS[i] for i in input_ids.gather(1, first[:, None]).flatten().tolist()]
-            self.route = torch.tensor([ROUTES[w] for w in words], dtype=torch.int32)
+            decided = torch.tensor([ROUTES.get(w, -1) for w in words], dtype=torch.int32)
+            self.route = decided if self.chosen is None else self.chosen
         self.widest = max(self.widest, len(input_ids))
         following = (self.edited if self.on else self.plain)[input_ids]
         logits = torch.nn.functional.one_hot(following, len(WORDS)).float()
@@ -117,10 +120,24 @@ def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ta
         yield
         model.lengths = None
 
+    @contextmanager
+    def force_route(model: TableModel, routes: Any) -> Iterator[None]:
+        model.chosen = torch.as_tensor(routes, dtype=torch.int32)
+        yield
+        model.chosen = None
+
+    def decide_routes(model: TableModel, ids: Any, mask: Any) -> torch.Tensor:
+        model.route = None
+        model(ids, mask)
+        assert model.route is not None
+        return model.route
+
     memory = SimpleNamespace(shard_of={"e1": 0, "e2": 0}.get)
     monkeypatch.setattr(wise_models, "is_patched", lambda model: True)
     monkeypatch.setattr(wise_models, "disabled", disabled)
     monkeypatch.setattr(wise_models, "prompt_lengths", prompt_lengths)
+    monkeypatch.setattr(wise_models, "force_route", force_route)
+    monkeypatch.setattr(wise_models, "decide_routes", decide_routes)
     monkeypatch.setattr(wise_models, "current_memory", lambda model: memory)
     monkeypatch.setattr(wise_models, "last_route", lambda model: model.route)
     return made
@@ -134,18 +151,20 @@ def test_every_number(model: TableModel, tokenizer: Any, batch_size: int) -> Non
         "n": 3,
         "reliability": pytest.approx((1 + 1 + 0.5) / 3),
         "generalization": 0.5,  # r1 says z for x, but y after x
+        "superseded": 0,
         "locality": pytest.approx(2 / 3),  # m says p where the plain model says n
         "generation": {
             "reliability": pytest.approx(1 / 3),  # "x y", "k w", "t"
             "generalization": 0.0,
             "contains": pytest.approx(2 / 3),
-            "locality": 0.5,  # "m p" for "m n"; l3 repeats itself either way
+            "locality": 0.5,  # "m p" for "m n"; l3 is main memory's
         },
         "routing": {
             "edit_to_side": pytest.approx(2 / 3),
             "rephrase_to_side": 1.0,
             "locality_to_main": 0.5,
             "right_shard": 0.5,  # e1; e3 is not in the memory
+            "right_shard_rephrase": 1.0,
         },
         "unedited": {
             "reliability": pytest.approx((0.5 + 0 + 0.5) / 3),
@@ -160,7 +179,7 @@ def test_details(model: TableModel, tokenizer: Any) -> None:
     one, two, three = report["details"]
     assert (one["answer"], one["rephrase_answer"], one["locality_answer"]) == ("x y", "z", "m p")
     assert one["locality_unedited_answer"] == "m n"
-    assert (one["route"], one["rephrase_route"], one["locality_route"]) == (0, 0, -1)
+    assert (one["route"], one["rephrase_route"], one["locality_route"]) == (0, 0, 0)
     assert (two["id"], two["answer"], two["answer_is_target"]) == ("e2", "k w", False)
     assert (two["answer_contains"], two["right_shard"], two["generalization"]) == (
         True,
@@ -192,9 +211,9 @@ def test_absent_fields_make_no_mean(model: TableModel, tokenizer: Any) -> None:
 def test_progress_counts_to_its_total(model: TableModel, tokenizer: Any) -> None:
     seen: list[tuple[int, int]] = []
     evaluate(model, tokenizer, EDITS, progress=lambda *pair: seen.append(pair))
-    assert [total for _, total in seen] == [18] * len(seen)
+    assert [total for _, total in seen] == [16] * len(seen)
     assert [done for done, _ in seen] == sorted({done for done, _ in seen})
-    assert seen[-1] == (18, 18)
+    assert seen[-1] == (16, 16)
 
 
 def test_the_model_is_left_as_it_was(model: TableModel, tokenizer: Any) -> None:
@@ -219,7 +238,7 @@ def test_answers_come_in_the_order_of_the_prompts(model: TableModel, tokenizer: 
     prompts = ["q2", "l1 q1 q1", "q1", "l1 q1"]
     answers = generate_answers(model, tokenizer, prompts, batch_size=2)
     assert [answer.text for answer in answers] == ["k w", "x y", "x y", "x y"]
-    assert [answer.route for answer in answers] == [-1, -1, 0, -1]
+    assert [answer.route for answer in answers] == [-1, 0, 0, 0]
     assert generate_answers(model, tokenizer, []) == []
 
 
@@ -240,7 +259,53 @@ def test_a_model_without_memory_is_its_own_reference(
         "rephrase_to_side": 0.0,
         "locality_to_main": 1.0,
         "right_shard": None,
+        "right_shard_rephrase": None,
     }
+
+
+def test_what_is_not_asked_for_is_absent(model: TableModel, tokenizer: Any) -> None:
+    full = evaluate(model, tokenizer, EDITS, progress=False)
+    lean = evaluate(model, tokenizer, EDITS, generation=False, unedited=False, progress=False)
+    for key in ("reliability", "generalization", "locality", "routing"):
+        assert lean[key] == full[key]
+    assert set(lean["generation"].values()) == set(lean["unedited"].values()) == {None}
+    assert "target_perplexity" not in lean
+
+
+def test_perplexity_is_of_the_target_after_the_prompt(model: TableModel, tokenizer: Any) -> None:
+    report = evaluate(model, tokenizer, EDITS[:2], perplexity=True, progress=False, details=True)
+    words = len(WORDS)  # the model's logits are 1 for what it says and 0 for every other word
+    hit, miss = math.log(math.e + words - 1) - 1, math.log(math.e + words - 1)
+    assert [row["perplexity"] for row in report["details"]] == pytest.approx(
+        [math.exp(hit), math.exp(hit)]
+    )
+    plain = [math.exp((hit + miss) / 2), math.exp(miss)]  # q1 → x, but x → the end
+    assert report["unedited"]["target_perplexity"]["mean"] == pytest.approx(sum(plain) / 2)
+    assert report["target_perplexity"]["median"] == pytest.approx(math.exp(hit))
+
+
+def test_superseded_edits_are_left_out(model: TableModel, tokenizer: Any) -> None:
+    older = Edit("e0", "q1", "k k k", "s", "r1", "l1", "m n o")
+    report = evaluate(model, tokenizer, [older, *EDITS], progress=False)
+    assert (report["n"], report["superseded"]) == (3, 1)
+    alone = evaluate(model, tokenizer, EDITS, progress=False)
+    for key in ("reliability", "generation", "routing", "locality"):
+        assert report[key] == alone[key]
+
+
+def test_main_memory_is_not_run_twice(model: TableModel, tokenizer: Any) -> None:
+    """A neighbour that is routed to main memory costs its route and nothing else."""
+    asked: list[int] = []
+    original = model.generate
+
+    def generate(input_ids: Any, **options: Any) -> Any:
+        asked.extend(row[-1] for row in input_ids.tolist())
+        return original(input_ids=input_ids, **options)
+
+    model.generate = generate  # type: ignore[method-assign]
+    evaluate(model, tokenizer, EDITS, progress=False)
+    assert asked.count(WORDS.index("l1")) == 2  # routed to a shard: both models answer
+    assert asked.count(WORDS.index("l3")) == 0
 
 
 def test_refusals(model: TableModel, tokenizer: Any) -> None:

@@ -9,7 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from wise_ext.memory import IndicatorRouter, KeyIndex, KeyRouter, PackedBank, Router, Shard
+from wise_ext.memory import (
+    IndicatorRouter,
+    KeyIndex,
+    KeyRouter,
+    PackedBank,
+    Router,
+    Shard,
+    TokenKeys,
+)
+from wise_ext.memory.token_keys import WINDOW
 
 MakeShard = Callable[..., Shard]
 Draw = Callable[..., Tensor]
@@ -25,10 +34,19 @@ def _brute_indicators(router: IndicatorRouter, shards: list[Shard], a: Tensor) -
     return torch.stack([(a @ s.dense().T).norm(dim=-1).mean(0) for s in shards])
 
 
-def _key_router(keys: Tensor, shards: list[int], radius: float, **options: object) -> KeyRouter:
+def _words(keys: Tensor) -> list[TokenKeys]:
+    """A text of one word each."""
+    return [TokenKeys(torch.tensor([i]), key.unsqueeze(0)) for i, key in enumerate(keys)]
+
+
+def _key_index(keys: Tensor, shards: list[int], **options: object) -> KeyIndex:
     index = KeyIndex(keys.shape[1], **options)  # type: ignore[arg-type]
-    index.add(keys, shards, [f"edit-{i}" for i in range(len(keys))])
-    return KeyRouter("early", index, radius)
+    index.add(_words(keys), shards, [f"edit-{i}" for i in range(len(keys))])
+    return index
+
+
+def _key_router(keys: Tensor, shards: list[int], radius: float, **options: object) -> KeyRouter:
+    return KeyRouter("early", _key_index(keys, shards, **options), radius)
 
 
 def _padded(rows: list[Tensor], lefts: list[int], length: int) -> tuple[Tensor, Tensor]:
@@ -66,23 +84,47 @@ def test_an_indicator_at_its_threshold_goes_to_main(make_shard: MakeShard, draw:
     assert _indicator_router(make_shard, [-math.inf]).decide(a * 0, real).item() == 0
 
 
-def test_a_cosine_at_the_radius_goes_to_main(draw: Draw) -> None:
+def test_a_score_at_the_radius_goes_to_main(draw: Draw) -> None:
     keys = draw(5, 16)
     a, real = draw(1, 3, 16, seed=1), torch.ones(1, 3, dtype=torch.bool)
-    cosine, row = _key_router(keys, [0, 1, 2, 3, 4], 0.0).nearest(a, real)
-    value = cosine.item()
+    score, row = _key_router(keys, [0, 1, 2, 3, 4], 0.0).nearest(a, real)
+    value = score.item()
+    assert value > 0.1
     assert _key_router(keys, [0, 1, 2, 3, 4], value).decide(a, real).item() == -1
     assert _key_router(keys, [0, 1, 2, 3, 4], value - 1e-6).decide(a, real).item() == row.item()
 
 
-def test_key_router_names_the_shard_of_the_nearest_key(draw: Draw) -> None:
-    keys = draw(12, 30)
+def test_key_router_names_the_shard_of_the_best_edit(draw: Draw) -> None:
+    keys = draw(12, 60)
     shards = [i % 4 for i in range(12)]
-    router = _key_router(keys, shards, 0.5, background=draw(40, 30, seed=1))
-    a = (keys + 0.05 * draw(12, 30, seed=2)).unsqueeze(1)
+    router = _key_router(keys, shards, 0.6, background=_words(draw(40, 60, seed=1)))
+    a = (keys + 0.05 * draw(12, 60, seed=2)).unsqueeze(1)
     assert router.decide(a, torch.ones(12, 1, dtype=torch.bool)).tolist() == shards
-    far = draw(6, 1, 30, seed=3)
+    far = draw(6, 1, 60, seed=3)
     assert router.decide(far, torch.ones(6, 1, dtype=torch.bool)).tolist() == [-1] * 6
+
+
+def test_key_router_scores_as_the_index_does(draw: Draw) -> None:
+    index = _key_index(draw(6, 60), [0] * 6, background=_words(draw(20, 60, seed=1)))
+    queries = [TokenKeys(torch.zeros(n, dtype=torch.int64), draw(n, 60, seed=n)) for n in (1, 4, 9)]
+    batch, real = _padded([q.activation for q in queries], [3, 0, 1], 12)
+    score, row = KeyRouter("early", index, 0.5).nearest(batch, real)
+    wanted = index.nearest(queries)
+    torch.testing.assert_close(score, wanted[0])
+    assert row.equal(wanted[1])
+
+
+def test_key_router_reads_the_end_of_a_long_row(draw: Draw) -> None:
+    keys = draw(3, 60)
+    router = _key_router(keys, [0, 1, 2], 0.9)
+    # Pads at either end and in the middle are no tokens.
+    a = torch.full((2, 3 * WINDOW, 60), torch.nan)
+    real = torch.zeros(2, 3 * WINDOW, dtype=torch.bool)
+    places = torch.arange(2, 2 + 2 * (WINDOW + 1), 2)
+    a[:, places], real[:, places] = draw(2, WINDOW + 1, 60, seed=1), True
+    a[0, places[0]] = keys[1]
+    a[1, places[1]] = keys[1]
+    assert router.decide(a, real).tolist() == [-1, 1]
 
 
 @given(
@@ -159,14 +201,14 @@ def test_decisions_can_be_traced_whole(make_shard: MakeShard, draw: Draw) -> Non
 
 def test_router_keeps_what_it_was_made_with(draw: Draw) -> None:
     keys = draw(4, 40)
-    index = KeyIndex(40)
-    index.add(keys[:2], [0, 1], ["a", "b"])
+    index = _key_index(keys[:2], [0, 1])
     router = KeyRouter("early", index, 0.2)
     a, real = keys.unsqueeze(1), torch.ones(4, 1, dtype=torch.bool)
     before = router.decide(a, real)
-    index.add(keys[2:], [2, 3], ["c", "d"])
+    index.add(_words(keys)[2:], [2, 3], ["c", "d"])
+    index.place([3, 2, 1, 0])
     assert router.decide(a, real).equal(before)
-    assert KeyRouter("early", index, 0.2).decide(a, real).tolist() == [0, 1, 2, 3]
+    assert KeyRouter("early", index, 0.2).decide(a, real).tolist() == [3, 2, 1, 0]
 
 
 def test_thresholds_must_fit_the_bank(make_shard: MakeShard) -> None:

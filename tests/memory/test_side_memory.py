@@ -18,6 +18,7 @@ from wise_ext.memory import (
     KeyRouter,
     Shard,
     SideMemory,
+    TokenKeys,
     merge,
 )
 
@@ -34,7 +35,8 @@ def _memory(shards: list[Shard], keys: Tensor | None = None) -> SideMemory:
         return SideMemory(LAYER, SHAPE, shards, routing="indicator")
     index = KeyIndex(keys.shape[1])
     names = [(i, name) for i, shard in enumerate(shards) for name in shard.edit_ids]
-    index.add(keys[: len(names)], [i for i, _ in names], [name for _, name in names])
+    words = [TokenKeys(torch.tensor([n]), keys[n : n + 1]) for n in range(len(names))]
+    index.add(words, [i for i, _ in names], [name for _, name in names])
     return SideMemory(LAYER, SHAPE, shards, key_layer=EARLY, key_index=index, radius=0.4)
 
 

@@ -204,6 +204,27 @@ def test_going_on_from_a_cache_keeps_its_route(llama: Setting) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("static", [False, True])
+def test_a_later_turn_decides_for_itself(static: bool, llama: Setting) -> None:
+    config = llama.model.config
+    cache = StaticCache(config, max_cache_len=64) if static else DynamicCache(config=config)
+    options = GREEDY | {"past_key_values": cache}
+    # Behind other turns a random model's tokens look quite different.
+    memory = llama.lab.key_memory(llama.model, llama.known)
+    memory.radius = 0.29
+    patch(llama.model, memory)
+    dialogue = torch.tensor([llama.known[0]])
+    for turn, route in ((None, 0), (llama.other, -1), (llama.known[1], 1)):
+        if turn is not None:
+            dialogue = torch.cat([dialogue, torch.tensor([turn])], dim=1)
+        before = dialogue.shape[1]
+        dialogue = llama.model.generate(dialogue, **options)
+        assert dialogue.shape[1] == before + NEW
+        # Only a turn's first pass decides; what is written keeps its route.
+        assert last_route(llama.model).tolist() == [route]
+
+
+@torch.no_grad()
 def test_a_cache_repeated_for_more_rows_repeats_its_routes(llama: Setting) -> None:
     rows = [llama.rows[0], llama.lab.prompts(5, seed=8)[0]]
     cache = llama.model(torch.tensor(rows), use_cache=True).past_key_values

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from wise_ext.memory import KeyIndex, Shard, SideMemory, random_mask_bits
+from wise_ext.memory import KeyIndex, Shard, SideMemory, TokenKeys, random_mask_bits
 from wise_ext.storage import ledger_entry, save_memory
 
 SHAPE = (6, 40)
@@ -33,16 +33,21 @@ class Example:
         save_memory(directory, self.memory, self.config, self.ledger, self.base, **options)
 
 
+def _text(generator: torch.Generator) -> TokenKeys:
+    ids = torch.randint(50, (3,), generator=generator)
+    return TokenKeys(ids, torch.randn(3, 40, generator=generator))
+
+
 def _example(seed: int = 0, shards: int = 2, keyed: bool = True) -> Example:
     generator = torch.Generator().manual_seed(seed)
-    index = KeyIndex(40, background=torch.randn(4, 40, generator=generator))
+    index = KeyIndex(40, background=[_text(generator) for _ in range(4)])
     made, ledger = [], []
     for place in range(shards):
         bits = random_mask_bits(*SHAPE, 0.25, seed * 100 + place)
         ids = [f"édit-{seed}-{place}-{n}" for n in range(2)]
         delta = torch.randn(SHAPE, generator=generator)
         made.append(Shard.from_delta(delta, bits, 1.5 + place / 3, ids, seed * 100 + place))
-        index.add(torch.randn(2, 40, generator=generator), [place, place], ids)
+        index.add([_text(generator) for _ in ids], [place, place], ids)
         for name in ids:
             record = {"id": name, "prompt": f"Où est {name} ?", "target_new": "là"}
             ledger.append(

@@ -86,10 +86,23 @@ def test_keys_must_point_home(make_example: MakeExample, tmp_path: Path) -> None
     example.memory.key_index.remove("édit-0-1-0")
     example.save(tmp_path)
     assert "without a key, which no prompt can reach: édit-0-1-0" in _failures(tmp_path)["keys"]
-    example = make_example()
-    example.memory.key_index.keys[0, 0] = torch.nan
+
+
+@pytest.mark.parametrize("name", ["mean", "scale"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_keys_are_compared_through_must_be_finite(
+    example: Any, tmp_path: Path, name: str, value: float
+) -> None:
+    getattr(example.memory.key_index, name)[3] = value
     example.save(tmp_path)
-    assert "keys that are not finite" in _failures(tmp_path)["keys"]
+    assert list(_failures(tmp_path)) == ["keys"]
+    assert "numbers that are not finite" in _failures(tmp_path)["keys"]
+
+
+def test_keys_are_counted(make_example: MakeExample, tmp_path: Path) -> None:
+    make_example().save(tmp_path)
+    details = {check.name: check.detail for check in verify(tmp_path)}
+    assert details["keys"] == "4 edits by 12 keys of 80 numbers"
 
 
 def test_values_must_be_finite(example: Any, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ Asked of the model itself by watching one short pass, so no architecture needs a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -92,6 +92,56 @@ def is_additive(model: nn.Module, block: nn.Module, projection: nn.Module, ids: 
     tolerance = 1e-3 if seen["out"].dtype == torch.float32 else 5e-2
     error = (moved - shift.float()).abs().max()
     return bool(error <= tolerance * (shift.float().abs().max() + 1e-2 * plain.abs().max()))
+
+
+def feed_forwards(layer: str, blocks: Sequence[nn.Module]) -> list[nn.Module | None]:
+    """The feed-forward module of each block, where the projection ``layer`` names its path.
+
+    None where a block has no such module of its own (OPT's is part of the block itself).
+    """
+    parts = layer.split(".")
+    place = next(i for i, part in enumerate(parts) if part.isdigit())
+    inside = parts[place + 1 : -1]
+    found: list[nn.Module | None] = []
+    for block in blocks:
+        module: nn.Module | None = block
+        for part in inside:
+            module = getattr(module, part, None)
+        found.append(module if inside and isinstance(module, nn.Module) else None)
+    return found
+
+
+@contextmanager
+def only_at(module: nn.Module | None, places: Tensor) -> Iterator[None]:
+    """A module that treats every token alone sees some tokens of a [rows, width, d] grid only.
+
+    Args:
+        module: its output is zero elsewhere; None changes nothing.
+        places: flat positions in the grid, int64 [n].
+    """
+    if module is None:
+        yield
+        return
+    shape: list[torch.Size] = []
+
+    def take(m: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not args or not isinstance(args[0], Tensor) or args[0].dim() != 3:
+            raise ModelError(f"{type(m).__name__} is not called with [rows, width, d]")
+        shape[:] = [args[0].shape]
+        return args[0].reshape(-1, args[0].shape[-1])[None, places], *args[1:]
+
+    def put(m: nn.Module, args: Any, output: Any) -> Tensor:
+        if not isinstance(output, Tensor):
+            raise ModelError(f"{type(m).__name__} returns more than a hidden state")
+        grid = output.new_zeros(shape[0][:-1].numel(), output.shape[-1])
+        return grid.index_copy(0, places, output[0]).view(*shape[0][:-1], -1)
+
+    hooks = [module.register_forward_pre_hook(take), module.register_forward_hook(put)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager

@@ -24,10 +24,10 @@ class WiseConfig:
     Attributes:
         layer: the down projection to edit: ``"auto"`` (about five sixths of the depth), a block's
             number, or a dotted module path.
-        key_layer: the projection whose input is the routing key: ``"auto"`` (about an eighth of
-            the depth, never above ``layer``), a number or a path. Only for ``router="key"``.
-        router: ``"key"`` (nearest stored key) or ``"indicator"`` (the paper's, Eq. 3-6).
-        radius: cosine above which a prompt belongs to its nearest stored edit.
+        key_layer: the projection whose input is the routing key: ``"auto"`` (the first block's),
+            a number or a path, never above ``layer``. Only for ``router="key"``.
+        router: ``"key"`` (best stored edit) or ``"indicator"`` (the paper's, Eq. 3-6).
+        radius: score, in [0, 1], above which a prompt belongs to the best stored edit.
         variant: ``"retrieve"`` keeps finished memories apart, ``"merge"`` merges all into one.
         mask_ratio: share of the projection's entries a shard may change [rho].
         shard_size: edits in one shard.
@@ -42,8 +42,10 @@ class WiseConfig:
         clamp: no entry of a delta grows beyond this (the reference's norm constraint).
         early_stop: stop once every label is the greedy token by ``stop_margin`` (in logits) and,
             where margins are trained, their loss is zero. Otherwise run all ``iterations``.
-        contexts: model-written prefixes of ``context_tokens`` tokens an edit is practised in,
-            besides its bare prompt; ``contexts_per_round`` of them are drawn each round.
+        contexts: model-written prefixes of ``context_tokens`` tokens; each edit draws
+            ``contexts_per_edit`` of them (or all) to be practised in, besides its bare prompt.
+        chat_context: practise an edit inside the chat template, too, where there is one.
+        contexts_per_round: of an edit's contexts, so many (or all) are drawn each round.
         replay: rows of the shard's earlier edits practised along with each round.
         margins: train Eq. 5's margins on the indicator.
         alpha, beta, gamma: those margins; None scales the paper's 5, 20 and 10 to the model, by
@@ -59,23 +61,25 @@ class WiseConfig:
     layer: str | int = "auto"
     key_layer: str | int = "auto"
     router: str = "key"
-    radius: float = 0.3
+    radius: float = 0.54
     variant: str = "retrieve"
     mask_ratio: float = 0.2
-    shard_size: int = 128
+    shard_size: int = 100
     shards_per_merge: int = 1
     merge_method: str = "ties"
     merge_density: float = 1.0
-    batch_size: int = 128
+    batch_size: int = 100
     optimizer: str = "adam"
     learning_rate: float = 0.02
     betas: tuple[float, float] = (0.9, 0.95)
-    iterations: int = 60
-    rows_per_step: int = 32
+    iterations: int = 80
+    rows_per_step: int = 16
     clamp: float = 4.0
     early_stop: bool = True
-    stop_margin: float = 1.0
-    contexts: int = 5
+    stop_margin: float = 2.0
+    contexts: int = 10
+    contexts_per_edit: int = 3
+    chat_context: bool = True
     context_tokens: int = 10
     contexts_per_round: int = 1
     replay: int = 12
@@ -102,11 +106,6 @@ class WiseConfig:
                 raise ConfigError(f"{name} is {value!r}: give a number in ({low:g}, {high:g}]")
         if not all(0 <= beta < 1 for beta in self.betas) or len(self.betas) != 2:
             raise ConfigError(f"betas are {self.betas}: give two numbers in [0, 1)")
-        if self.contexts_per_round > self.contexts:
-            raise ConfigError(
-                f"contexts_per_round is {self.contexts_per_round}, but there are only "
-                f"{self.contexts} contexts: raise contexts"
-            )
         given = [getattr(self, name) is not None for name in ("alpha", "beta", "gamma")]
         if any(given) and not all(given):
             raise ConfigError("give all of alpha, beta and gamma, or none of them")
@@ -155,6 +154,7 @@ _LEAST = {
     "iterations": 1,
     "rows_per_step": 1,
     "contexts": 0,
+    "contexts_per_edit": 0,
     "context_tokens": 1,
     "contexts_per_round": 0,
     "replay": 0,
@@ -163,7 +163,7 @@ _LEAST = {
 _RANGES = {
     "mask_ratio": (0.0, 1.0),
     "merge_density": (0.0, 1.0),
-    "radius": (-1.0, 1.0),
+    "radius": (0.0, 1.0),
     "learning_rate": (0.0, math.inf),
     "clamp": (0.0, 1e30),
     "act_ratio": (0.0, 1.0),
@@ -186,7 +186,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "merge_density": 0.53,
         "clamp": 1.0,
         "contexts": 10,
+        "contexts_per_edit": 10,
+        "chat_context": False,
         "contexts_per_round": 10,
+        "rows_per_step": 32,
         "replay": 0,
     },
 }

@@ -15,13 +15,26 @@ from torch import Tensor
 
 from wise_ext.editing.config import WiseConfig
 from wise_ext.editing.edits import Edit, find_conflicts
-from wise_ext.editing.ledger import EditReport, check_ids, edit_of, was_trained
+from wise_ext.editing.homes import (
+    guests_for,
+    invited,
+    joining,
+    parts_with_guest,
+    settle,
+    trained_in,
+)
+from wise_ext.editing.ledger import (
+    EditReport,
+    check_ids,
+    edit_of,
+    was_trained,
+)
 from wise_ext.editing.parts import Parts, count_parts, steps_of
 from wise_ext.editing.progress import progress_bar
 from wise_ext.editing.wise import OpenShard
 from wise_ext.editing.workshop import Workshop
 from wise_ext.errors import ConfigError, DataError
-from wise_ext.memory import Shard, SideMemory
+from wise_ext.memory import Shard, SideMemory, TokenKeys
 from wise_ext.models.patch import disabled, is_patched, patch
 from wise_ext.storage import (
     Journal,
@@ -178,14 +191,16 @@ class Editor:
         if entry is None:
             raise DataError(f"the memory has no edit {edit_id!r}: `wise-ext show` lists them")
         total = max(count_parts(self.ledger), self._parts.closed)
-        parts = self._parts.beside(entry["part"], total)
+        parts = {*self._parts.beside(entry["part"], total), *parts_with_guest(self.ledger, edit_id)}
         if self.config.margins and self.config.replay:
-            parts = list(range(parts[0], total))
+            parts = set(range(min(parts), total))
         self.ledger = [e for e in self.ledger if e["id"] != edit_id]
-        first = self._parts.slot(parts[0])
-        last = self._parts.slot(parts[-1])
+        for other in self.ledger:
+            other["guests"] = [name for name in other["guests"] if name != edit_id]
         with self._bare_model():
-            self.memory.shards[first : last + 1] = self._retrained(parts)
+            for group in self._parts.by_slots(sorted(parts)):
+                first, last = self._parts.slot(group[0]), self._parts.slot(group[-1])
+                self.memory.shards[first : last + 1] = self._retrained(group)
         # A part that is full keeps its place when it empties; the open one never was, then.
         if total > max(count_parts(self.ledger), self._parts.closed):
             del self.memory.shards[-1]
@@ -205,7 +220,8 @@ class Editor:
         if self._open is None:
             self._open = self._writer.open(part)
         step = 1 + max((int(e["step"]) for e in self.ledger), default=-1)
-        entries, shard = self._train(self._open, edits, step, progress)
+        guests = guests_for(self.memory, self._parts, self.ledger, edits, self._keys(edits))
+        entries, shard = self._train(self._open, edits, guests, step, progress)
         self._take(entries, shard, full := len(self._open.edits) >= self.config.shard_size)
         if journal is not None:
             state = {
@@ -218,14 +234,18 @@ class Editor:
         self,
         shard: OpenShard,
         edits: list[Edit],
+        guests: dict[str, list[str]],
         step: int,
         progress: Callable[[int], None] = lambda settled: None,
     ) -> tuple[list[dict[str, Any]], Shard]:
         """Train one step; its ledger entries and the shard sealed as it then is."""
         replaced = {older for older, _ in find_conflicts(edits)}
         kept = [edit for edit in edits if edit.id not in replaced]
+        asked = invited(self.ledger, shard.edits, kept, guests)
         foreign = [edit_of(e) for e in self.ledger if e["part"] < shard.number and was_trained(e)]
-        outcomes = {o.edit.id: o for o in self._writer.write(shard, kept, foreign, progress)}
+        outcomes = {
+            o.edit.id: o for o in self._writer.write(shard, [*kept, *asked], foreign, progress)
+        }
         entries = []
         for edit in edits:
             o = outcomes.get(edit.id)
@@ -237,6 +257,7 @@ class Editor:
                 iterations=o.iterations if o else 0,
                 losses=o.losses if o else {},
                 indicator=o.indicator if o else None,
+                guests=guests[edit.id],
             )
             entries.append(entry | {"part": shard.number, "converged": bool(o and o.converged)})
         return entries, shard.seal(self._writer.threshold(shard.delta, shard.edits))
@@ -255,9 +276,7 @@ class Editor:
             self._parts.close(self.memory, self.config, self._threshold)
             self._open = None
             self._shop.coach.forget()
-            for entry in self.ledger:
-                if was_trained(entry):
-                    entry["shard"] = self._parts.slot(entry["part"])
+        settle(self.memory, self._parts, self.ledger)
 
     def _retrained(self, parts: list[int]) -> list[Shard]:
         """The memory's shards that ``parts`` make, trained again from the ledger."""
@@ -267,7 +286,8 @@ class Editor:
             shard = self._writer.open(part)
             sealed = shard.seal(math.inf)
             for step, entries in steps_of(self.ledger, part):
-                fresh, sealed = self._train(shard, [edit_of(e) for e in entries], step)
+                guests = {e["id"]: e["guests"] for e in entries}
+                fresh, sealed = self._train(shard, [edit_of(e) for e in entries], guests, step)
                 for old, new in zip(entries, fresh, strict=True):
                     old.update(new)
             scratch.add_shard(sealed)
@@ -287,29 +307,27 @@ class Editor:
         if self.memory.key_index is not None and edits:
             self.memory.key_index.add(self._keys(edits), [slot] * len(edits), [e.id for e in edits])
 
-    def _keys(self, edits: list[Edit]) -> Tensor:
+    def _keys(self, edits: list[Edit]) -> list[TokenKeys]:
         keys = [self._shop.coach.practice(e).bare.key for e in edits]
-        return torch.stack([key.cpu() for key in keys if key is not None])
+        return [key for key in keys if key is not None]
 
     def _renumber(self) -> None:
         """After an undo: steps without a gap, slots and keys in the ledger's order."""
         steps = {old: new for new, old in enumerate(sorted({e["step"] for e in self.ledger}))}
-        index, old = self._shop.empty_memory().key_index, self.memory.key_index
         for entry in self.ledger:
             entry["step"] = steps[entry["step"]]
-            if not was_trained(entry):
-                continue
-            entry["shard"] = self._parts.slot(entry["part"])
-            if index is not None and old is not None:
-                known = [i for i, name in enumerate(old.ids) if name == entry["id"]]
-                key = old.keys[known] if known else self._keys([edit_of(entry)])
-                index.add(key, [entry["shard"]], [entry["id"]])
-        self.memory.key_index = index
+        index = self.memory.key_index
+        if index is not None:
+            trained = [e for e in self.ledger if was_trained(e)]
+            lost = [edit_of(e) for e in trained if e["id"] not in set(index.ids)]
+            self._add_keys(lost, 0)
+            index.reorder([e["id"] for e in trained])
+        settle(self.memory, self._parts, self.ledger)
 
     def _reopen(self) -> None:
         """Take the last part up again, if it is not full."""
         part = self._parts.closed
-        edits = [edit_of(e) for e in self.ledger if e["part"] == part and was_trained(e)]
+        edits = trained_in(self.ledger, part)
         slot = self._parts.slot(part)
         self._open = None
         if slot < len(self.memory.shards):
@@ -338,22 +356,19 @@ class Editor:
         kept: list[dict[str, Tensor]],
     ) -> None:
         """Bring the memory to where the journal is, without training anything again."""
-        edits = [
-            edit_of(e) for e in self.ledger if e["part"] == self._parts.closed and was_trained(e)
-        ]
+        blank = self._writer.open(self._parts.closed)
+        blank.edits = trained_in(self.ledger, blank.number)
         for number, (step, full) in enumerate(zip(steps, kept, strict=True)):
             entries = step["entries"]
-            edits += [edit_of(e) for e in entries if was_trained(e)]
+            blank.edits += joining(self.ledger, blank.edits, entries)
             packed = full or (tensors if number == len(steps) - 1 else None)
-            blank = self._writer.open(self._parts.closed)
-            blank.edits = edits
             shard = blank.seal(-math.inf)
             if packed is not None:
                 shard.values = packed["values"]
                 shard.threshold = float(packed["threshold"])
             self._take(entries, shard, bool(full))
             if full:
-                edits = []
+                blank = self._writer.open(self._parts.closed)
         self._reopen()
 
     def _save(self, directory: Path, journal: Journal | None) -> None:

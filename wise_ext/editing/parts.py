@@ -42,6 +42,15 @@ class Parts:
         slots = min(self.merged, 1) if self.single else self.merged // self.group
         return slots + part - self.merged
 
+    @property
+    def apart(self) -> bool:
+        """Whether every part stays a shard of its own."""
+        return self.group == 1 and not self.single
+
+    def by_slots(self, parts: Sequence[int]) -> list[list[int]]:
+        """Parts (in order) in groups that can be made anew without the others."""
+        return [[part] for part in parts] if self.apart else [list(parts)]
+
     def beside(self, part: int, total: int) -> list[int]:
         """All of ``total`` parts that share a part's slot."""
         return [p for p in range(total) if self.slot(p) == self.slot(part)]

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import random
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
-
-import torch
-from torch import Tensor
 
 from wise_ext.editing.config import WiseConfig
 from wise_ext.editing.contexts import in_context
 from wise_ext.editing.edits import Edit
 from wise_ext.editing.losses import Margins
-from wise_ext.editing.prompts import encode_prompt, encode_target, neutral_prompts
+from wise_ext.editing.prompts import (
+    encode_prompt,
+    encode_target,
+    has_chat_template,
+    neutral_prompts,
+)
 from wise_ext.editing.suffix import Row, SuffixEngine
+from wise_ext.memory import TokenKeys
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,8 +32,8 @@ _PAPER_OUTPUT_NORM = 100.0
 
 @dataclass(eq=False)
 class Practice:
-    """An edit's captured rows: the bare prompt, the prompt in each sampled context, and (where
-    margins are trained) an unrelated prompt."""
+    """An edit's captured rows: the bare prompt, the prompt in its contexts, and (where margins are
+    trained) an unrelated prompt."""
 
     edit: Edit
     bare: Row
@@ -70,11 +74,11 @@ class Coach:
         """Free all rows."""
         self._known.clear()
 
-    def background(self) -> Tensor:
-        """Keys of neutral prompts [m, d_key]: what a router compares edits with."""
+    def background(self) -> list[TokenKeys]:
+        """The tokens of neutral prompts: what a router knows of everything but edits."""
         prompts = [self._prompt(text) for text in neutral_prompts()]
         chunks = [prompts[i : i + _CHUNK] for i in range(0, len(prompts), _CHUNK)]
-        return torch.cat([self.engine.keys(chunk) for chunk in chunks])
+        return [key for chunk in chunks for key in self.engine.keys(chunk)]
 
     def margins(self) -> Margins:
         """Eq. 5's margins: those given, or the paper's in proportion to the model.
@@ -91,23 +95,34 @@ class Coach:
         return Margins(*(scale * m for m in _PAPER_MARGINS))
 
     def _capture(self, edit: Edit) -> Practice:
-        target = encode_target(
-            self._tokenizer, edit.target_new, stop=True, chat=self._config.chat_template
-        )
-        texts = [edit.prompt, *(in_context(c, edit.prompt) for c in self._contexts)]
+        c = self._config
+        target = encode_target(self._tokenizer, edit.target_new, stop=True, chat=c.chat_template)
+        texts = [edit.prompt, *(in_context(text, edit.prompt) for text in self._drawn(edit))]
         prompts, targets = [self._prompt(t) for t in texts], [target] * len(texts)
+        if c.chat_context and not c.chat_template and has_chat_template(self._tokenizer):
+            prompts.append(encode_prompt(self._tokenizer, edit.prompt, chat=True))
+            targets.append(encode_target(self._tokenizer, edit.target_new, stop=True, chat=True))
         unrelated = edit.locality_prompt
-        if self._config.margins:
+        if c.margins:
             unrelated = unrelated or self._neutral(edit)
-            prompts, targets = [*prompts, self._prompt(unrelated)], [*targets, []]
-        rows = self.engine.capture(prompts, targets)
+            prompts.append(self._prompt(unrelated))
+            targets.append([])
+        bare, *rows = self.engine.capture(prompts, targets)
+        # Routing looks at the bare prompt alone.
+        rows = [replace(row, key=None) for row in rows]
         return Practice(
             edit=edit,
-            bare=rows[0],
-            contexts=rows[1 : len(texts)],
-            unrelated=rows[-1] if self._config.margins else None,
+            bare=bare,
+            contexts=rows[:-1] if c.margins else rows,
+            unrelated=rows[-1] if c.margins else None,
             locality_prompt=unrelated,
         )
+
+    def _drawn(self, edit: Edit) -> list[str]:
+        """The sampled contexts this edit is practised in: its own draw from the run's."""
+        count = min(self._config.contexts_per_edit, len(self._contexts))
+        rng = random.Random(draw_seed(self._config.seed, "contexts", edit.id))
+        return rng.sample(self._contexts, count)
 
     def _neutral(self, edit: Edit) -> str:
         texts = neutral_prompts()

@@ -31,7 +31,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool = 
         DataError: the prompt becomes no token at all.
     """
     if chat:
-        if not getattr(tokenizer, "chat_template", None):
+        if not has_chat_template(tokenizer):
             raise ConfigError(
                 "this model's tokenizer has no chat template: leave chat off, "
                 "or choose a chat (instruct) model"
@@ -75,6 +75,11 @@ def encode_target(
     if not target or not ids:
         raise DataError(f"the target {target!r} has no tokens: write an answer")
     return [*ids, stop_token(tokenizer)] if stop else ids
+
+
+def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether prompts can be put into a chat template at all."""
+    return bool(getattr(tokenizer, "chat_template", None))
 
 
 def stop_token(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -2,7 +2,8 @@
 
 Editing layer L's down projection leaves everything below it constant, so a row (a prompt with its
 target) is captured once: the activation ``a`` entering the projection and the hidden state leaving
-block L. Training then iterates over blocks L+1…end and takes logits at label positions alone.
+block L. Training then iterates over blocks L+1…end, their feed-forwards on real tokens alone (the
+last one's, like the logits, at label positions alone).
 """
 
 from __future__ import annotations
@@ -10,20 +11,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from wise_ext.editing.anatomy import (
     blocks_around,
+    feed_forwards,
     first,
     is_additive,
     modules_after,
+    only_at,
     run_until_stopped,
     watch,
 )
 from wise_ext.errors import ModelError
+from wise_ext.memory import TokenKeys
 from wise_ext.ops import dual_linear_train
 
 #: Widths are rounded up to this many tokens, so that few distinct shapes are ever captured.
@@ -38,7 +43,7 @@ class Row:
     memory's output is added to: block L's output, or (``inputs`` [t, d_model] given) the
     projection's, where block L does more than add it to the residual stream.
     ``labels`` are the token ids predicted from position ``prompt_length - 1`` onwards.
-    ``key`` [d_key] is the mean prompt activation at the routing layer, where one was asked for.
+    ``key`` holds the prompt's last tokens at the routing layer, where one was asked for.
     """
 
     activation: Tensor
@@ -46,7 +51,7 @@ class Row:
     inputs: Tensor | None
     prompt_length: int
     labels: Tensor
-    key: Tensor | None
+    key: TokenKeys | None
 
     def __len__(self) -> int:
         return self.activation.shape[0]
@@ -58,6 +63,16 @@ class SuffixOutput:
     [n], its label [n], and each row's indicator [rows] (Eq. 3, mean over its prompt tokens)."""
 
     logits: Tensor
+    row: Tensor
+    labels: Tensor
+    indicator: Tensor
+
+
+class Replayed(NamedTuple):
+    """What the suffix computes up to the output layer: ``hidden`` [n, d_model] at the label
+    positions, ready for ``SuffixEngine.logits``; the rest as in ``SuffixOutput``."""
+
+    hidden: Tensor
     row: Tensor
     labels: Tensor
     indicator: Tensor
@@ -88,7 +103,14 @@ class SuffixEngine:
             self._tail = modules_after(model, self.blocks, self._probe_ids())
             block = self.blocks[self.index]
             self.additive = is_additive(model, block, self.projection, self._probe_ids())
-            self._verify(layer)
+            above = self.blocks[self.index + 1 :]
+            self._feed_forwards = feed_forwards(layer, above)
+            try:
+                self._verify(layer)
+            except Exception:
+                # Not every feed-forward works on each token alone, and some break when asked to.
+                self._feed_forwards = [None] * len(above)
+                self._verify(layer)
 
     # -- capture ---------------------------------------------------------------------------------
 
@@ -100,12 +122,30 @@ class SuffixEngine:
 
         The last label is only ever predicted, so it is not part of the sequence.
 
-
-        The rows given together share one padded batch: the same group captured again, on the same
-        machine, gives the same bits, which resuming and undoing rely on.
+        Rows given together that are about as long share one padded batch: the same group captured
+        again, on the same machine, gives the same bits, which resuming and undoing rely on.
         """
         sequences = [[*p, *t[:-1]] for p, t in zip(prompts, targets, strict=True)]
-        ids = self._padded(sequences)
+        order = sorted(range(len(sequences)), key=lambda i: _round_up(len(sequences[i])))
+        rows: dict[int, Row] = {}
+        for _, batch in groupby(order, key=lambda i: _round_up(len(sequences[i]))):
+            places = list(batch)
+            seen = self._entering([sequences[i] for i in places])
+            for at, i in enumerate(places):
+                n = len(sequences[i])
+                labels = torch.tensor(list(targets[i]), dtype=torch.long, device=self.device)
+                rows[i] = Row(
+                    activation=seen["activation"][at, :n].clone(),
+                    base=seen["base"][at, :n].clone(),
+                    inputs=None if self.additive else seen["inputs"][at, :n].clone(),
+                    prompt_length=len(prompts[i]),
+                    labels=labels,
+                    key=_key(prompts[i], seen["key"][at]) if "key" in seen else None,
+                )
+        return [rows[i] for i in range(len(sequences))]
+
+    def _entering(self, sequences: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        """What a run up to block L shows of these rows, [rows, width, d] by name."""
         seen: dict[str, Tensor] = {}
         with ExitStack() as stack:
             if self.key_projection is not None:
@@ -114,28 +154,13 @@ class SuffixEngine:
             stack.enter_context(watch(self.blocks[self.index], "inputs", seen, entering=True))
             last = self.blocks[self.index] if self.additive else self.projection
             stack.enter_context(watch(last, "base", seen, entering=False, stop=True))
-            run_until_stopped(self.model, ids)
+            run_until_stopped(self.model, self._padded(sequences))
         # OPT hands its FFN all rows' tokens in one list.
-        seen = {name: _by_row(tensor, len(sequences)) for name, tensor in seen.items()}
-        rows = []
-        for i, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
-            n = len(sequences[i])
-            key = seen["key"][i, : len(prompt)].float().mean(0) if "key" in seen else None
-            rows.append(
-                Row(
-                    activation=seen["activation"][i, :n].clone(),
-                    base=seen["base"][i, :n].clone(),
-                    inputs=None if self.additive else seen["inputs"][i, :n].clone(),
-                    prompt_length=len(prompt),
-                    labels=torch.tensor(list(target), dtype=torch.long, device=self.device),
-                    key=key,
-                )
-            )
-        return rows
+        return {name: _by_row(tensor, len(sequences)) for name, tensor in seen.items()}
 
     @torch.no_grad()
-    def keys(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Mean activation [rows, d_key] fp32 of each prompt at the key layer; nothing above runs.
+    def keys(self, prompts: Sequence[Sequence[int]]) -> list[TokenKeys]:
+        """Each prompt's tokens at the key layer; nothing above it runs.
 
         Raises:
             ModelError: the engine was made without a key layer.
@@ -145,8 +170,8 @@ class SuffixEngine:
         seen: dict[str, Tensor] = {}
         with watch(self.key_projection, "key", seen, entering=True, stop=True):
             run_until_stopped(self.model, self._padded(prompts))
-        key = _by_row(seen["key"], len(prompts)).float()
-        return torch.stack([key[i, : len(p)].mean(0) for i, p in enumerate(prompts)])
+        rows = _by_row(seen["key"], len(prompts))
+        return [_key(prompt, row) for prompt, row in zip(prompts, rows, strict=True)]
 
     @torch.no_grad()
     def output_norm(self, rows: Sequence[Row]) -> float:
@@ -165,6 +190,11 @@ class SuffixEngine:
     # -- replay ----------------------------------------------------------------------------------
 
     def run(self, rows: Sequence[Row], delta: Tensor, mask_bits: Tensor) -> SuffixOutput:
+        """``replay``, and the logits of the whole vocabulary."""
+        output = self.replay(rows, delta, mask_bits)
+        return SuffixOutput(self.logits(output.hidden), *output[1:])
+
+    def replay(self, rows: Sequence[Row], delta: Tensor, mask_bits: Tensor) -> Replayed:
         """The suffix over captured rows with the side memory ``delta`` [d_model, d_ff] fp32.
 
         Differentiable in ``delta``; its gradient comes back masked. Real tokens alone enter the
@@ -180,15 +210,42 @@ class SuffixEngine:
             hidden = self._block_with_projection(
                 _pad(inputs, index, len(rows), width), hidden, width
             )
-        above = self.index + 1
-        for block, (args, kwargs) in zip(
-            self.blocks[above:], self._calls_for(width)[1:], strict=True
-        ):
-            hidden = first(block(hidden, *args, **kwargs))
         flat, row = _label_positions(rows, width, self.device)
-        logits = self._logits(hidden.reshape(-1, hidden.shape[-1])[flat])
+        above = self.blocks[self.index + 1 :]
+        calls = self._calls_for(width)[1:]
+        for block, (args, kwargs), module in zip(above, calls, self._feed_forwards, strict=True):
+            # Nobody sees pads, and of the last block only what predicts a label.
+            with only_at(module, flat if block is above[-1] else index):
+                hidden = first(block(hidden, *args, **kwargs))
+        hidden = hidden.reshape(-1, hidden.shape[-1])[flat]
+        for last in self._tail[:-1]:
+            hidden = last(hidden)
         labels = torch.cat([r.labels for r in rows])
-        return SuffixOutput(logits, row, labels, _prompt_mean(rows, norms))
+        return Replayed(hidden, row, labels, _prompt_mean(rows, norms))
+
+    @property
+    def takes_tokens(self) -> bool:
+        """Whether ``logits`` can be had for some tokens alone."""
+        return type(self._tail[-1]) is nn.Linear
+
+    def logits(self, hidden: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """Logits fp32 [n, vocabulary] of ``replay``'s hidden states.
+
+        Args:
+            hidden: [n, d_model].
+            tokens: int64 [k]: only theirs, [n, k], where ``takes_tokens``.
+        """
+        output = self._tail[-1]
+        if tokens is None:
+            logits: Tensor = output(hidden).float()
+        else:
+            assert isinstance(output, nn.Linear)
+            bias = None if output.bias is None else output.bias[tokens]
+            logits = nn.functional.linear(hidden, output.weight[tokens], bias).float()
+        if not self._softcap:
+            return logits
+        capped: Tensor = torch.tanh(logits / self._softcap) * self._softcap
+        return capped
 
     def side(self, rows: Sequence[Row], delta: Tensor, mask_bits: Tensor) -> tuple[Tensor, Tensor]:
         """Base plus side output [tokens, d_model] and ||D a|| [tokens] of the rows' real tokens."""
@@ -240,26 +297,24 @@ class SuffixEngine:
         finally:
             hook.remove()
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        for module in self._tail:
-            hidden = module(hidden)
-        logits = hidden.float()
-        return torch.tanh(logits / self._softcap) * self._softcap if self._softcap else logits
-
     def _probe_ids(self) -> Tensor:
         return torch.arange(1, 1 + _WIDTH_STEP, device=self.device)[None]
 
     def _verify(self, layer: str) -> None:
         """The replayed logits must be the model's own before anyone trains on them."""
         ids = self._probe_ids()
-        given = self.model(input_ids=ids, use_cache=False).logits[0]
-        logits, logits_dtype = given.float(), given.dtype
-        prompt, target = ids[0, :1].tolist(), ids[0, 1:].tolist()
-        rows = self.capture([prompt], [target])
+        # Two rows of different lengths, so that pads are there to be seen.
+        texts = [ids[0].tolist(), ids[0, 2:-3].tolist()]
+        given = [
+            self.model(input_ids=torch.tensor([t], device=self.device), use_cache=False).logits[0]
+            for t in texts
+        ]
+        logits, logits_dtype = torch.cat([g[:-1] for g in given]).float(), given[0].dtype
+        rows = self.capture([t[:1] for t in texts], [t[1:] for t in texts])
         d_model, d_ff = rows[0].base.shape[-1], rows[0].activation.shape[-1]
         delta = torch.zeros(d_model, d_ff, device=self.device)
         bits = torch.zeros(d_model, (d_ff + 31) // 32, dtype=torch.int32, device=self.device)
-        error = (self.run(rows, delta, bits).logits - logits[:-1]).abs().max()
+        error = (self.run(rows, delta, bits).logits - logits).abs().max()
         tolerance = 1e-3 if logits_dtype == torch.float32 else 0.1
         if not error <= tolerance * logits.abs().max():
             raise ModelError(
@@ -271,6 +326,12 @@ class SuffixEngine:
 def _by_row(tokens: Tensor, rows: int) -> Tensor:
     """[rows, width, d] from that or from [rows * width, d]."""
     return tokens.reshape(rows, -1, tokens.shape[-1])
+
+
+def _key(prompt: Sequence[int], activation: Tensor) -> TokenKeys:
+    """The key of a prompt whose tokens come first in ``activation`` [width, d]."""
+    ids = torch.tensor(list(prompt))
+    return TokenKeys(ids, activation[: len(ids)].float().cpu()).last()
 
 
 def _round_up(width: int) -> int:

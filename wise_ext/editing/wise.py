@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from wise_ext import ops
 from wise_ext.editing.config import WiseConfig
 from wise_ext.editing.edits import Edit, find_conflicts
-from wise_ext.editing.losses import Margins, greedy_by, label_loss, margin_loss
+from wise_ext.editing.losses import Margins, label_loss, margin_loss
 from wise_ext.editing.practice import Coach, Practice, draw_seed
+from wise_ext.editing.rivals import Rivals
 from wise_ext.editing.suffix import Row
 from wise_ext.memory import Shard, random_mask_bits
 
-# An edit that passed is looked at again after this many rounds, or when all have passed.
+# A row that passed is looked at again after this many rounds, or when all have passed.
 _REST = 3
 # What a row counts that is already right: enough to stay so, little beside those that are not.
 _SETTLED = 0.1
@@ -57,9 +58,11 @@ class OpenShard:
 
 
 class _Sample(NamedTuple):
-    """A row of a round: which of the new edits it practises (-1: a replayed one) and with what."""
+    """A row of a round: which of the new edits it practises (-1: a replayed one), which of its rows
+    that is (0: the bare prompt), and with what."""
 
     owner: int
+    place: int
     row: Row
     unrelated: Row | None
 
@@ -176,61 +179,68 @@ class _Lesson:
         nnz = int(shard.row_ptr[-1])
         self._m = torch.zeros(nnz, device=shard.delta.device) if adam else None
         self._v = torch.zeros(nnz, device=shard.delta.device) if adam else None
+        self._rivals = Rivals(self._engine, everything=not self._config.early_stop)
         self._step = 0
         self.rounds = [0] * len(new)
-        self.settled = [False] * len(new)
         self.losses: list[dict[str, float]] = [{} for _ in new]
+        # By edit and row: the round it is due again, and whether it passed when last looked at.
+        drawn = self._config.contexts_per_round > 0
+        self._due = [[0] * (1 + drawn * len(p.contexts)) for p in new]
+        self._passed = [[False] * len(rows) for rows in self._due]
+
+    @property
+    def settled(self) -> list[bool]:
+        """Which of the new edits passed in every row when that was last looked at."""
+        return [all(rows) for rows in self._passed]
 
     def run(self, progress: Callable[[int], None]) -> None:
-        everyone = range(len(self._new))
-        due = [0] * len(self._new)
         for number in range(self._config.iterations):
-            if not self._config.early_stop or all(self.settled):
-                looked = list(everyone)
-            else:
-                looked = [i for i in everyone if due[i] <= number]
-            passed = self._round(looked)
-            for i in looked:
-                self.settled[i] = passed[i]
-                due[i] = number + 1 + (_REST if passed[i] else 0)
-                self.rounds[i] += 1
+            everyone = not self._config.early_stop or all(self.settled)
+            samples = self._draw(-1 if everyone else number)
+            passed = self._round(samples)
+            for sample, ok in passed:
+                if sample.owner >= 0:
+                    self._passed[sample.owner][sample.place] = ok
+                    due = number + 1 + (_REST if ok else 0)
+                    self._due[sample.owner][sample.place] = due
+            for owner in {sample.owner for sample in samples} - {-1}:
+                self.rounds[owner] += 1
             progress(sum(self.settled))
             # Passing counts only when everyone passed in one and the same round.
-            if self._config.early_stop and all(passed.values()) and len(looked) == len(everyone):
+            if self._config.early_stop and everyone and all(ok for _, ok in passed):
                 break
 
-    def _round(self, looked: list[int]) -> dict[int, bool]:
-        """One pass over rows of the edits looked at; which of them (and -1: replay) passed."""
-        samples = self._draw(looked)
-        samples.sort(key=lambda s: len(s.row))
+    def _round(self, samples: list[_Sample]) -> list[tuple[_Sample, bool]]:
+        """One pass over these rows; which of them passed."""
+        samples = sorted(samples, key=lambda s: len(s.row))
         size = self._config.rows_per_step
         chunks = [samples[i : i + size] for i in range(0, len(samples), size)]
         self._rng.shuffle(chunks)
-        passed = dict.fromkeys([*looked, -1], True)
-        for chunk in chunks:
-            for sample, ok in zip(chunk, self._learn(chunk), strict=True):
-                passed[sample.owner] &= ok
-        return passed
+        return [pair for c in chunks for pair in zip(c, self._learn(c), strict=True)]
 
-    def _draw(self, looked: list[int]) -> list[_Sample]:
+    def _draw(self, number: int) -> list[_Sample]:
+        """Rows for a round: of each new edit the bare prompt and some contexts, as far as they are
+        due by now (-1: due or not), and earlier edits at random."""
         samples = []
-        for i in looked:
-            p = self._new[i]
-            count = min(self._config.contexts_per_round, len(p.contexts))
-            drawn = self._rng.sample(p.contexts, count)
-            samples += [_Sample(i, row, p.unrelated) for row in (p.bare, *drawn)]
+        for i, p in enumerate(self._new):
+            due = [r for r, when in enumerate(self._due[i]) if number < 0 or when <= number]
+            contexts = [r for r in due if r > 0]
+            count = min(self._config.contexts_per_round, len(contexts))
+            drawn = [r for r in due if r == 0] + self._rng.sample(contexts, count)
+            rows = [p.bare, *p.contexts]
+            samples += [_Sample(i, r, rows[r], p.unrelated) for r in drawn]
         for p in self._rng.sample(self._old, min(self._config.replay, len(self._old))):
-            samples.append(_Sample(-1, self._rng.choice([p.bare, *p.contexts]), p.unrelated))
+            samples.append(_Sample(-1, 0, self._rng.choice([p.bare, *p.contexts]), p.unrelated))
         return samples
 
     def _learn(self, chunk: list[_Sample]) -> list[bool]:
         """Score a chunk and, unless all of it is right already, take one optimiser step."""
         shard, rows = self._shard, [s.row for s in chunk]
         delta = shard.delta.detach().requires_grad_()
-        output = self._engine.run(rows, delta, shard.mask_bits)
+        replayed = self._engine.replay(rows, delta, shard.mask_bits)
+        output, ok = self._rivals.look(rows, replayed, self._config.stop_margin)
         labels = label_loss(output, len(rows))
         total, parts = labels, {"edit": labels.tolist()}
-        ok = greedy_by(output, len(rows), self._config.stop_margin)
         if self._margins is not None:
             margin = self._margin(chunk, output.indicator, delta)
             total, parts["margin"] = labels + margin, margin.tolist()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import nn
 
 from wise_ext.editing.config import WiseConfig
 from wise_ext.editing.contexts import sample_contexts
@@ -19,8 +19,8 @@ from wise_ext.models.table import get_module, layer_path, projection_shape
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Early layers tell subjects apart best (measured; see docs/architecture.md).
-_KEY_DEPTH = 1 / 6
+# The first block still says which token stands where (measured; see docs/architecture.md).
+_KEY_BLOCK = 0
 
 
 class Workshop:
@@ -49,16 +49,15 @@ class Workshop:
         self.coach = Coach(engine, tokenizer, config, texts)
         margins = self.coach.margins() if config.margins else None
         self.writer = WiseWriter(self.coach, config, self._shape, margins)
-        self._background: Tensor | None = None
-        if self._key_layer is not None:
-            self._background = self.coach.background()
+        self._background = self.coach.background() if self._key_layer is not None else None
         model.train(training)
 
     def empty_memory(self) -> SideMemory:
         """A memory without shards, its key index (if it routes by key) knowing the background."""
         index = None
         if self._background is not None:
-            index = KeyIndex(self._background.shape[1], background=self._background)
+            dim = self._background[0].activation.shape[1]
+            index = KeyIndex(dim, background=self._background)
         return SideMemory(
             layer=self._layer,
             shape=self._shape,
@@ -77,7 +76,7 @@ def _key_layer(model: nn.Module, config: WiseConfig, layer: str) -> str | None:
     if config.key_layer != "auto":
         path = layer_path(model, config.key_layer)
     elif config.layer == "auto" or not isinstance(config.layer, str):
-        path = layer_path(model, "auto", fraction=_KEY_DEPTH)
+        path = layer_path(model, _KEY_BLOCK)
     else:
         path = _earlier(model, layer)
     order = [name for name, _ in model.named_modules()]
@@ -91,11 +90,11 @@ def _key_layer(model: nn.Module, config: WiseConfig, layer: str) -> str | None:
 
 
 def _earlier(model: nn.Module, layer: str) -> str:
-    """The counterpart of a hand-named projection at the key's depth, or itself."""
+    """The counterpart of a hand-named projection in the key's block, or itself."""
     parts = layer.split(".")
     for i, part in enumerate(parts):
         if part.isdigit():
-            parts[i] = str(int(int(part) * _KEY_DEPTH / (5 / 6)))
+            parts[i] = str(_KEY_BLOCK)
             path = ".".join(parts)
             return path if _exists(model, path) else layer
     return layer

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 
-from .. import models
 from ..editing.prompts import encode_prompt, stop_token
 from ..errors import ConfigError
+from .decoding import Written, decode_greedily
 from .scoring import length_batches, pad
 
 if TYPE_CHECKING:
@@ -24,14 +24,13 @@ class Answer(NamedTuple):
     route: int
 
 
-@torch.no_grad()
 def generate_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     *,
     chat: bool = False,
-    batch_size: int = 16,
+    batch_size: int = 32,
     max_new_tokens: int = 32,
     progress: Callable[[int], None] | None = None,
 ) -> list[Answer]:
@@ -54,39 +53,72 @@ def generate_answers(
             template.
         DataError: a prompt is empty.
     """
+    rows = [encode_prompt(tokenizer, prompt, chat) for prompt in prompts]
+    written = write_answers(
+        model,
+        tokenizer,
+        rows,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        progress=progress,
+    )
+    return [Answer(text_of(tokenizer, tokens), route) for tokens, route in written]
+
+
+@torch.no_grad()
+def write_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[list[int]],
+    *,
+    routes: Sequence[int] | None = None,
+    batch_size: int = 32,
+    max_new_tokens: int = 32,
+    progress: Callable[[int], None] | None = None,
+) -> list[Written]:
+    """What :func:`generate_answers` does, from token ids to token ids.
+
+    Args:
+        model: patched or not.
+        tokenizer: its tokenizer.
+        rows: prompt ids, none empty.
+        routes: where the rows go, one a row; None lets the model decide.
+        batch_size: rows run at once; rows of similar length share a batch.
+        max_new_tokens: the longest answer, in tokens.
+        progress: called with the number of rows done.
+
+    Raises:
+        ConfigError: ``batch_size`` or ``max_new_tokens`` is not positive.
+    """
     if batch_size < 1 or max_new_tokens < 1:
         raise ConfigError("batch size and max_new_tokens must be at least 1")
-    rows = [encode_prompt(tokenizer, prompt, chat) for prompt in prompts]
-    answers: dict[int, Answer] = {}
-    with _plain_greedy(model, tokenizer, max_new_tokens) as pad_id:
+    answers: dict[int, Written] = {}
+    with _plain_greedy(model, tokenizer, max_new_tokens) as (pad_id, stop_ids):
         for batch in length_batches([len(row) for row in rows], batch_size):
             ids, mask = pad([rows[i] for i in batch], model, left=True, pad_id=pad_id)
-            output = cast(Any, model).generate(input_ids=ids, attention_mask=mask)
-            routes = routes_of(model, len(batch))
-            texts = [
-                tokenizer.decode(
-                    written, skip_special_tokens=True, clean_up_tokenization_spaces=False
-                )
-                for written in output[:, ids.shape[1] :].tolist()
-            ]
-            for index, text, route in zip(batch, texts, routes, strict=True):
-                answers[index] = Answer(str(text), route)
+            chosen = None if routes is None else [routes[i] for i in batch]
+            found = decode_greedily(model, ids, mask, stop_ids, max_new_tokens, chosen)
+            answers.update(zip(batch, found, strict=True))
             if progress is not None:
                 progress(len(batch))
     return [answers[i] for i in range(len(rows))]
 
 
-def routes_of(model: PreTrainedModel, rows: int) -> list[int]:
-    """The routes of the model's latest decision; all -1 where there is no memory to choose."""
-    latest = models.last_route(model) if models.is_patched(model) else None
-    return [-1] * rows if latest is None else [int(route) for route in latest.tolist()]
+def text_of(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    """The text of an answer, without special tokens."""
+    return str(
+        tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    )
 
 
 @contextmanager
 def _plain_greedy(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
-) -> Iterator[int]:
-    """Greedy settings for ``model.generate`` while the block runs; yields the pad token."""
+) -> Iterator[tuple[int, frozenset[int]]]:
+    """Greedy settings for ``model.generate`` while the block runs.
+
+    Yields the pad token and the stop tokens.
+    """
     from transformers import GenerationConfig
 
     own = model.generation_config
@@ -106,6 +138,6 @@ def _plain_greedy(
     )
     model.generation_config = plain
     try:
-        yield int(pad_id)
+        yield int(pad_id), frozenset(stop_ids)
     finally:
         model.generation_config = own

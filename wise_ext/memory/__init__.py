@@ -1,7 +1,7 @@
 """Side memories as plain tensors: masks, shards, the packed bank, merging and routing."""
 
 from wise_ext.memory.bank import PackedBank
-from wise_ext.memory.key_index import KeyIndex, pool_tokens
+from wise_ext.memory.key_index import KeyIndex
 from wise_ext.memory.masks import (
     bits_to_bool,
     bool_to_bits,
@@ -13,6 +13,7 @@ from wise_ext.memory.merging import METHODS, merge
 from wise_ext.memory.routing import MAIN, IndicatorRouter, KeyRouter, Router
 from wise_ext.memory.shards import Shard
 from wise_ext.memory.side_memory import SideMemory
+from wise_ext.memory.token_keys import TokenKeys
 
 __all__ = [
     "MAIN",
@@ -24,10 +25,10 @@ __all__ = [
     "Router",
     "Shard",
     "SideMemory",
+    "TokenKeys",
     "bits_to_bool",
     "bool_to_bits",
     "merge",
-    "pool_tokens",
     "popcount",
     "random_mask_bits",
     "row_counts",

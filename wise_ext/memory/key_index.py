@@ -1,15 +1,18 @@
-"""The key index: which stored edit does a prompt resemble?
+"""The key index: which stored edit does a prompt ask for?
 
-A prompt's key is the FFN activation of one layer, averaged over its real tokens (``pool_tokens``),
-optionally projected to fewer numbers. Keys are compared by the cosine of their whitened forms, so
-that directions in which all prompts differ count little. This module is the only place where that
-is computed; what it depends on (layer, ridge, background, projection, radius) are parameters.
+Late interaction: every stored edit keeps the keys of its prompt's tokens, and its score for a query
+is the weighted mean, over those tokens, of the best cosine any token of the query reaches. What
+else the query says costs nothing, so an edit is found behind a system prompt or a conversation.
+Tokens weigh by how few texts hold them: a name counts, the wording of the question hardly does.
+This module is the only place where that is computed.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -17,150 +20,104 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from wise_ext.errors import ConfigError
-from wise_ext.memory.randomness import BitStream
+from wise_ext.memory.token_keys import TokenKeys, TokenMap, random_signs, standardise
 
-DEFAULT_RIDGE = 1.0
-# Cosines closer than fp32 can tell apart are ties, and the latest edit wins them.
+#: Tokens of an edit that are kept, and those that are compared: its rarest ones.
+_STORED, _COMPARED = 16, 8
+# Rarity, in [0, 1], is taken to this power; this share of the score looks at all tokens alike and
+# tells the edits of one subject apart. Both measured (docs/architecture.md).
+_POWER, _EVEN = 3, 0.15
+_LEAST_RARITY = 0.02
+# Scores closer than fp32 can tell apart are ties, and the latest edit wins them.
 _TIE = 1e-5
-
-
-def pool_tokens(activation: Tensor, real: Tensor) -> Tensor:
-    """Average a layer's activation over the real tokens of each row: the raw key.
-
-    Args:
-        activation: fp32, bf16 or fp16 ``[B, T, d]``.
-        real: bool ``[B, T]``; pads (and whatever they hold) count for nothing.
-
-    Returns:
-        fp32 ``[B, d]``; zero for a row without a real token.
-    """
-    kept = torch.where(real.unsqueeze(-1), activation, 0.0)
-    return kept.sum(1, dtype=torch.float32) / real.sum(1, keepdim=True).clamp(min=1)
-
-
-class Whitening(NamedTuple):
-    """The map ``x -> scale * (x' - V diag(shrink) V^T x')`` with ``x' = x - mean``.
-
-    It equals ``(cov + rho I)^(-1/2) (x - mean)`` for ``cov = V diag(lambda) V^T``,
-    ``shrink = 1 - sqrt(rho / (lambda + rho))`` and ``scale = rho^(-1/2)``: outside the span of
-    ``V`` the covariance is zero, so the square root is ``scale`` there.
-    """
-
-    mean: Tensor  # [d]
-    basis: Tensor  # [d, r]
-    shrink: Tensor  # [r]
-    scale: Tensor  # []
-
-    def apply(self, x: Tensor) -> Tensor:
-        """Whiten the rows of ``[B, d]``; tensor operations only, rows independent."""
-        centred = x - self.mean
-        return self.scale * (centred - ((centred @ self.basis) * self.shrink) @ self.basis.T)
-
-
-def fit_whitening(reference: Tensor, ridge: float) -> Whitening:
-    """Fit the whitening of a set of keys, with ``rho = ridge * trace(cov) / d``.
-
-    The eigenvectors come from whichever is smaller, the Gram matrix ``[n, n]`` or the covariance
-    ``[d, d]``, in fp64. Keys that do not differ (a single one, say) leave vectors as they are.
-
-    Args:
-        reference: fp32 or fp64 ``[n, d]``.
-        ridge: > 0.
-
-    Returns:
-        fp32 tensors.
-    """
-    keys = reference.double()
-    n, d = keys.shape
-    mean = keys.mean(0) if n else keys.new_zeros(d)
-    centred = keys - mean
-    average = float(centred.square().sum()) / max(1, n * d)
-    if n < 2 or average <= 1e-20 * float(keys.square().mean()):
-        zeros, none = torch.zeros(d), torch.zeros(0)
-        return Whitening(zeros, torch.zeros(d, 0), none, torch.ones(()))
-    if n <= d:
-        values, vectors = torch.linalg.eigh(centred @ centred.T / n)
-    else:
-        values, vectors = torch.linalg.eigh(centred.T @ centred / n)
-    # Directions this weak have shrink ~ 0, and their vectors would be rounding noise.
-    strong = values > 1e-10 * values[-1]
-    values, vectors = values[strong], vectors[:, strong]
-    basis = centred.T @ vectors / (n * values).sqrt() if n <= d else vectors
-    rho = ridge * average
-    shrink = 1.0 - (rho / (values + rho)).sqrt()
-    scale = torch.tensor(rho**-0.5, dtype=torch.float32)
-    return Whitening(mean.float(), basis.float().contiguous(), shrink.float(), scale)
+# Stored keys compared at a time, so that long prompts stay small.
+_CHUNK = 4096
 
 
 class PreparedKeys(NamedTuple):
     """All that a comparison needs, as tensors."""
 
-    projection: Tensor  # [dim, width]; [dim, 0] where keys are not projected
-    whitening: Whitening
-    keys: Tensor  # [n, width], whitened, of length 1
+    mean: Tensor  # [d]
+    scale: Tensor  # [d]
+    signs: Tensor  # [2 d, width]
+    keys: Tensor  # [n, m, width], of length 1, or zero where an edit has fewer tokens
+    weights: Tensor  # [n, m], each edit's sum to 1
     shards: Tensor  # int32 [n]
 
-    def match(self, query: Tensor) -> tuple[Tensor, Tensor]:
-        """Find the nearest of ``n >= 1`` stored keys; tensor operations only, rows independent.
+    def match(self, activation: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+        """Find the best of ``n >= 1`` stored edits; tensor operations only, rows independent.
 
         Args:
-            query: raw keys, fp32 ``[B, dim]``.
+            activation: of the query's tokens, ``[B, w, d]``.
+            real: bool ``[B, w]``; the others count for nothing.
 
         Returns:
-            The cosine, fp32 ``[B]``, and the stored row, int64 ``[B]`` (of equally near ones the
-            one stored last).
+            The score, fp32 ``[B]`` in [0, 1], and the stored row, int64 ``[B]`` (of equally good
+            ones the one stored last).
         """
-        if self.projection.shape[1] > 0:
-            query = query @ self.projection
-        cosines = normalize(self.whitening.apply(query), dim=-1) @ self.keys.T
-        best = cosines.amax(-1)
-        order = torch.arange(self.keys.shape[0], device=query.device)
-        near = torch.where(cosines >= best.unsqueeze(-1) - _TIE, order, 0)
+        scores = self.scores(activation, real)
+        best = scores.amax(-1)
+        order = torch.arange(self.keys.shape[0], device=scores.device)
+        near = torch.where(scores >= best.unsqueeze(-1) - _TIE, order, 0)
         return best, near.amax(-1)
+
+    def scores(self, activation: Tensor, real: Tensor) -> Tensor:
+        """The score of every stored edit, fp32 ``[B, n]``; arguments as for ``match``."""
+        batch, tokens, _ = activation.shape
+        # A zero key has cosine 0 with everything, which is where cosines are cut off.
+        query = TokenMap(self.mean, self.scale, self.signs).apply(activation, real)
+        query = query.reshape(batch * tokens, -1)
+        n, m, width = self.keys.shape
+        step = max(1, _CHUNK // m)
+        parts = []
+        for start in range(0, n, step):
+            keys = self.keys[start : start + step]
+            cosines = query @ keys.reshape(-1, width).T
+            best = cosines.view(batch, tokens, -1).amax(1).clamp(min=0)
+            best = best.view(batch, keys.shape[0], m)
+            parts.append((best * self.weights[start : start + step]).sum(-1))
+        return torch.cat(parts, dim=1)
 
 
 class KeyIndex:
-    """The stored keys of a memory's edits and the shard each belongs to.
-
-    Keys are kept as they were measured (after the projection). With a ``background`` the
-    statistics are the background's alone: no edit then moves another's distances, and one radius
-    serves ten edits and ten thousand. Without one they are those of the stored keys, computed
-    when first needed after a change.
+    """The stored edits of a memory, each with its token keys and its shard.
 
     Args:
-        dim: length of a raw key.
-        ridge: > 0; how strongly the covariance is pulled towards a multiple of the identity.
-        background: raw keys of neutral prompts, ``[m, dim]``: they shape the statistics and are
-            never matched.
-        projection: project keys to this many numbers by random signs; 0 keeps them whole.
-        projection_seed: seed of the signs.
+        dim: length of an activation.
+        background: tokens of neutral texts, one entry a text. They say how activations vary and
+            how common a token is; they are never matched. Stored edits count as texts, too.
+        width: length of a key; pairs of activations that are longer are projected by random signs.
+        seed: of the signs.
 
     Raises:
-        ConfigError: ridge or projection out of range.
+        ConfigError: the width is not positive.
         ValueError: the background does not fit.
     """
 
     def __init__(
         self,
         dim: int,
-        ridge: float = DEFAULT_RIDGE,
-        background: Tensor | None = None,
-        projection: int = 0,
-        projection_seed: int = 0,
+        background: Sequence[TokenKeys] = (),
+        width: int = 512,
+        seed: int = 0,
     ) -> None:
-        if not ridge > 0.0:
-            raise ConfigError(f"key index ridge is {ridge}: give a number above 0")
-        if not 0 <= projection <= dim:
-            raise ConfigError(f"key projection is {projection}: give 0 (none) up to {dim}")
+        if width < 1:
+            raise ConfigError(f"key width is {width}: give a positive number")
         self.dim = dim
-        self.ridge = float(ridge)
-        self.projection = projection
-        self.projection_seed = projection_seed
-        self._signs = _random_signs(dim, projection, projection_seed)
+        self.seed = seed
+        self._signs = random_signs(2 * dim, width, seed)
+        self._asked_width = width
+        texts = [self._checked(tokens) for tokens in background]
+        seen = torch.cat([t.activation for t in texts]) if texts else torch.zeros(0, dim)
+        self.mean, self.scale = standardise(seen)
+        self.texts = len(texts)
+        common = Counter(token for t in texts for token in set(t.ids.tolist()))
+        self.common = torch.tensor(sorted(common.items()), dtype=torch.int64).view(-1, 2)
         self.ids: list[str] = []
-        self.keys = torch.zeros(0, self.width)
         self.shards = torch.zeros(0, dtype=torch.int32)
-        self.background = self.keys if background is None else self._stored(background)
+        self.lengths = torch.zeros(0, dtype=torch.int32)
+        self.tokens = torch.zeros(0, dtype=torch.int32)
+        self.keys = torch.zeros(0, self.width, dtype=torch.int8)
         self._prepared: PreparedKeys | None = None
 
     def __len__(self) -> int:
@@ -169,35 +126,84 @@ class KeyIndex:
     @property
     def width(self) -> int:
         """Length of a stored key."""
-        return self.projection or self.dim
+        return self._signs.shape[1] or 2 * self.dim
 
-    def add(self, keys: Tensor, shards: Tensor | Sequence[int], ids: Sequence[str]) -> None:
-        """Store keys; an edit may have several.
+    @property
+    def map(self) -> TokenMap:
+        """How an activation becomes a key."""
+        return TokenMap(self.mean, self.scale, self._signs)
+
+    def nbytes(self) -> int:
+        """Bytes that the stored edits' keys take."""
+        return sum(t.nbytes for t in (self.keys, self.tokens, self.lengths, self.shards))
+
+    def add(
+        self, prompts: Sequence[TokenKeys], shards: Tensor | Sequence[int], ids: Sequence[str]
+    ) -> None:
+        """Store edits by their prompts' tokens.
 
         Args:
-            keys: raw keys ``[n, dim]``.
-            shards: the shard of each, ``[n]``, >= 0.
+            prompts: one an edit, of at least one token; of long ones the rarest are kept.
+            shards: the shard of each, >= 0.
             ids: the edit of each.
 
         Raises:
             ValueError: lengths differ, a shard is negative, or a key is not finite.
         """
-        stored = self._stored(keys)
         numbers = torch.as_tensor(shards, dtype=torch.int32).cpu().flatten()
-        if not len(stored) == len(numbers) == len(ids):
-            raise ValueError(f"{len(stored)} keys, {len(numbers)} shards and {len(ids)} ids")
+        if not len(prompts) == len(numbers) == len(ids):
+            raise ValueError(f"{len(prompts)} keys, {len(numbers)} shards and {len(ids)} ids")
         if bool((numbers < 0).any()):
             raise ValueError("a key belongs to a shard >= 0")
-        self.keys = torch.cat([self.keys, stored])
+        common = dict(self.common.tolist())
+        tokens, keys = [self.tokens], [self.keys]
+        for prompt in map(self._checked, prompts):
+            if not len(prompt.ids):
+                raise ValueError("a prompt without tokens has no key")
+            seen = torch.tensor([common.get(token, 0) for token in prompt.ids.tolist()])
+            kept = seen.argsort(stable=True)[:_STORED].sort().values
+            real = torch.ones(1, len(prompt.ids), dtype=torch.bool)
+            key = self.map.apply(prompt.activation[None], real)[0, kept]
+            # Only directions are compared, so a key needs no scale of its own.
+            largest = key.abs().amax(-1, keepdim=True).clamp(min=1e-12)
+            keys.append((key / largest * 127).round().to(torch.int8))
+            tokens.append(prompt.ids[kept].to(torch.int32))
+        self.keys, self.tokens = torch.cat(keys), torch.cat(tokens)
+        lengths = torch.tensor([len(t) for t in tokens[1:]], dtype=torch.int32)
+        self.lengths = torch.cat([self.lengths, lengths])
         self.shards = torch.cat([self.shards, numbers])
         self.ids = [*self.ids, *ids]
         self._prepared = None
 
     def remove(self, edit_id: str) -> int:
-        """Forget all keys of an edit and return how many there were."""
+        """Forget all keys of an edit and return how many entries there were."""
         before = len(self)
         self._keep([name != edit_id for name in self.ids])
         return before - len(self)
+
+    def place(self, shards: Sequence[int]) -> None:
+        """Name the shard of every stored edit, in order."""
+        self.shards = torch.tensor(list(shards), dtype=torch.int32)
+        self._prepared = None
+
+    def reorder(self, ids: Sequence[str]) -> None:
+        """Keep the edits named, in this order.
+
+        Raises:
+            ValueError: one of them has no key.
+        """
+        places = {name: place for place, name in enumerate(self.ids)}
+        missing = [name for name in ids if name not in places]
+        if missing:
+            raise ValueError(f"no key of {missing[0]!r}")
+        order = [places[name] for name in ids]
+        sizes = self.lengths.tolist()
+        keys, tokens = self.keys.split(sizes), self.tokens.split(sizes)
+        self.keys = torch.cat([self.keys[:0], *(keys[i] for i in order)])
+        self.tokens = torch.cat([self.tokens[:0], *(tokens[i] for i in order)])
+        self.lengths, self.shards = self.lengths[order], self.shards[order]
+        self.ids = list(ids)
+        self._prepared = None
 
     def renumber(self, new_shard: Sequence[int]) -> None:
         """Give shard ``i`` the number ``new_shard[i]``; -1 forgets its keys."""
@@ -209,36 +215,62 @@ class KeyIndex:
     def prepare(self) -> PreparedKeys:
         """Return what comparisons need, on the CPU; cached until the stored set changes."""
         if self._prepared is None:
-            reference = self.background if len(self.background) else self.keys
-            whitening = fit_whitening(reference, self.ridge)
-            keys = normalize(whitening.apply(self.keys), dim=-1)
-            self._prepared = PreparedKeys(self._signs, whitening, keys, self.shards)
+            there = torch.arange(_STORED) < self.lengths.unsqueeze(1)
+            place = torch.zeros(len(self), _STORED, dtype=torch.int64)
+            place[there] = torch.arange(len(self.tokens))
+            rarity = torch.zeros(len(self), _STORED)
+            rarity[there] = self._rarity()
+            order = rarity.sort(stable=True, dim=1, descending=True).indices[:, :_COMPARED]
+            weights, even = rarity.gather(1, order) ** _POWER, there.gather(1, order).float()
+            weights = (1 - _EVEN) * weights / weights.sum(1, keepdim=True)
+            weights = weights + _EVEN * even / even.sum(1, keepdim=True)
+            chosen = self.keys[place.gather(1, order)].float() * even.unsqueeze(-1)
+            keys = normalize(chosen, dim=-1)
+            self._prepared = PreparedKeys(*self.map, keys, weights, self.shards)
         return self._prepared
 
-    def nearest(self, query: Tensor) -> tuple[Tensor, Tensor]:
-        """Find the stored key nearest to each raw query ``[B, dim]``.
+    def nearest(self, queries: Sequence[TokenKeys]) -> tuple[Tensor, Tensor]:
+        """Find the best stored edit for each query.
 
         Returns:
-            The cosine, fp32 ``[B]``, and the stored row, int64 ``[B]``, both on the CPU.
+            The score, fp32 ``[B]``, and the stored row, int64 ``[B]``, both on the CPU.
 
         Raises:
             ValueError: the index is empty.
         """
         if not len(self):
             raise ValueError("the key index is empty")
-        return self.prepare().match(query.detach().cpu().float())
+        return self.prepare().match(*self._padded(queries))
+
+    def like(self, prompts: Sequence[TokenKeys], radius: float) -> list[list[str]]:
+        """By prompt, the stored edits that it and they could be taken for each other: those that
+        score above ``radius``, asked with the prompt or, as if it were stored, with theirs."""
+        if not len(self) or not prompts:
+            return [[] for _ in prompts]
+        asked = self.prepare().scores(*self._padded(prompts))
+        both = copy(self)
+        both.add(prompts, [0] * len(prompts), [""] * len(prompts))
+        _, _, _, keys, weights, _ = both.prepare()
+        keys, weights = keys[len(self) :], weights[len(self) :]
+        cosines = keys.flatten(0, 1) @ normalize(self.keys.float(), dim=-1).T
+        edit = torch.arange(len(self)).repeat_interleave(self.lengths.long())
+        best = torch.zeros(len(cosines), len(self))
+        best = best.scatter_reduce(1, edit.expand_as(cosines), cosines, "amax")
+        asking = (weights.unsqueeze(-1) * best.view(*weights.shape, -1)).sum(1)
+        near = torch.maximum(asked, asking) > radius
+        return [[self.ids[i] for i in row.nonzero().flatten().tolist()] for row in near]
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Return ``keys``, ``shards`` and ``background``."""
-        return {"keys": self.keys, "shards": self.shards, "background": self.background}
+        """Return every tensor by name."""
+        return {name: getattr(self, name) for name in _TENSORS}
 
     def state_meta(self) -> dict[str, Any]:
         """Return everything but the tensors, ready for JSON."""
         return {
             "dim": self.dim,
-            "ridge": self.ridge,
-            "projection": self.projection,
-            "projection_seed": self.projection_seed,
+            "width": self._asked_width,
+            "seed": self.seed,
+            "texts": self.texts,
             "ids": list(self.ids),
         }
 
@@ -249,40 +281,76 @@ class KeyIndex:
         Raises:
             ValueError: a tensor does not fit the rest.
         """
-        index = cls(
-            meta["dim"],
-            meta["ridge"],
-            projection=meta["projection"],
-            projection_seed=meta["projection_seed"],
-        )
-        keys, shards, background = (tensors[name] for name in ("keys", "shards", "background"))
-        for name, tensor in (("keys", keys), ("background", background)):
-            if tensor.dtype != torch.float32 or tensor.shape[1:] != (index.width,):
-                raise ValueError(f"key index: {name} must be fp32 [n, {index.width}]")
-        if shards.dtype != torch.int32 or shards.shape != (len(meta["ids"]),):
-            raise ValueError("key index: shards must be int32, one for each id")
-        if len(keys) != len(shards):
-            raise ValueError(f"key index: {len(keys)} keys for {len(shards)} ids")
-        index.keys, index.shards, index.background = keys, shards, background
+        index = cls(meta["dim"], width=meta["width"], seed=meta["seed"])
+        index.texts = int(meta["texts"])
         index.ids = [str(name) for name in meta["ids"]]
+        total, common = (tensors[name].shape[:1].numel() for name in ("keys", "common"))
+        shapes = {
+            "mean": (index.dim,),
+            "scale": (index.dim,),
+            "common": (common, 2),
+            "keys": (total, index.width),
+            "tokens": (total,),
+            "lengths": (len(index),),
+            "shards": (len(index),),
+        }
+        for name, dtype in _TENSORS.items():
+            if tensors[name].dtype != dtype or tuple(tensors[name].shape) != shapes[name]:
+                raise ValueError(f"key index: {name} must be {dtype} {list(shapes[name])}")
+            setattr(index, name, tensors[name])
+        outside = (index.lengths < 1) | (index.lengths > _STORED)
+        if bool(outside.any()) or int(index.lengths.sum()) != total:
+            raise ValueError(f"key index: the lengths do not add up to {total} keys")
+        counts = index.common[:, 1]
+        if bool(((counts < 1) | (counts > index.texts)).any()):
+            raise ValueError(f"key index: a token is common to none or more of {index.texts} texts")
         return index
 
-    def _stored(self, keys: Tensor) -> Tensor:
-        raw = keys.detach().cpu().float()
-        if raw.dim() != 2 or raw.shape[1] != self.dim:
-            raise ValueError(f"keys must be [n, {self.dim}], got {list(keys.shape)}")
+    def _rarity(self) -> Tensor:
+        """How rare each stored token is, fp32 ``[M]`` in [0.02, 1]: one minus log of the texts that
+        hold it over log of all texts. An edit's own prompt does not make its tokens common."""
+        edit = torch.arange(len(self)).repeat_interleave(self.lengths.long())
+        each = torch.unique(torch.stack([self.tokens.long(), edit], 1), dim=0)[:, 0]
+        seen = torch.cat([each, self.common[:, 0].repeat_interleave(self.common[:, 1])])
+        token, count = torch.unique(seen, return_counts=True)
+        holding = count[torch.searchsorted(token, self.tokens.long())]
+        total = math.log(max(2, self.texts + len(self)))
+        rarity: Tensor = 1 - holding.float().log() / total
+        return rarity.clamp(min=_LEAST_RARITY)
+
+    def _padded(self, queries: Sequence[TokenKeys]) -> tuple[Tensor, Tensor]:
+        rows = [self._checked(query) for query in queries]
+        width = max(len(row.ids) for row in rows)
+        activation = torch.zeros(len(rows), width, self.dim)
+        real = torch.zeros(len(rows), width, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            activation[i, : len(row.ids)] = row.activation
+            real[i, : len(row.ids)] = True
+        return activation, real
+
+    def _checked(self, tokens: TokenKeys) -> TokenKeys:
+        ids, raw = tokens.ids.detach().cpu(), tokens.activation.detach().cpu().float()
+        if raw.dim() != 2 or raw.shape != (len(ids), self.dim):
+            raise ValueError(f"keys must be [{len(ids)}, {self.dim}], got {list(raw.shape)}")
         if not bool(raw.isfinite().all()):
             raise ValueError("a key is not finite: the model's activations overflow")
-        return raw @ self._signs if self.projection else raw.clone()
+        return TokenKeys(ids, raw).last()
 
     def _keep(self, wanted: list[bool]) -> None:
         chosen = torch.tensor(wanted, dtype=torch.bool)
-        self.keys, self.shards = self.keys[chosen], self.shards[chosen]
+        each = chosen.repeat_interleave(self.lengths.long())
+        self.keys, self.tokens = self.keys[each], self.tokens[each]
+        self.lengths, self.shards = self.lengths[chosen], self.shards[chosen]
         self.ids = [name for name, keep in zip(self.ids, wanted, strict=True) if keep]
         self._prepared = None
 
 
-def _random_signs(dim: int, width: int, seed: int) -> Tensor:
-    """Return ``[dim, width]`` of random signs over ``sqrt(width)``: lengths keep their mean."""
-    positive = torch.from_numpy(BitStream(seed).bernoulli(dim * width, 0.5)).view(dim, width)
-    return torch.where(positive, 1.0, -1.0) / math.sqrt(max(1, width))
+_TENSORS = {
+    "mean": torch.float32,
+    "scale": torch.float32,
+    "common": torch.int64,
+    "keys": torch.int8,
+    "tokens": torch.int32,
+    "lengths": torch.int32,
+    "shards": torch.int32,
+}

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from wise_ext.memory.bank import PackedBank
-from wise_ext.memory.key_index import KeyIndex, PreparedKeys, Whitening, pool_tokens
+from wise_ext.memory.key_index import KeyIndex, PreparedKeys
+from wise_ext.memory.token_keys import last_tokens
 
 MAIN = -1
 
@@ -97,7 +98,9 @@ class IndicatorRouter(nn.Module):
 
 
 class KeyRouter(nn.Module):
-    """The key index as a router: the shard of the nearest stored edit, if it is near enough.
+    """The key index as a router: the shard of the stored edit that is asked for, if any is.
+
+    A prompt is recognised by its last ``WINDOW`` tokens.
 
     Holds a copy of what the index knows when the router is made; a later change of the index
     needs a new router.
@@ -105,32 +108,29 @@ class KeyRouter(nn.Module):
     Args:
         layer: module path of the down projection whose input is the key.
         index: the stored keys.
-        radius: cosine above which a prompt belongs to its nearest edit; equal goes to main.
+        radius: score above which a prompt belongs to its best edit; equal goes to main.
     """
 
-    projection: Tensor
     mean: Tensor
-    basis: Tensor
-    shrink: Tensor
     scale: Tensor
+    signs: Tensor
     keys: Tensor
+    weights: Tensor
     shards: Tensor
 
     def __init__(self, layer: str, index: KeyIndex, radius: float) -> None:
         super().__init__()
         self.layer = layer
         self.radius = float(radius)
-        prepared = index.prepare()
-        tensors = {"projection": prepared.projection, **prepared.whitening._asdict()}
-        tensors |= {"keys": prepared.keys, "shards": prepared.shards}
-        for name, tensor in tensors.items():
+        for name, tensor in index.prepare()._asdict().items():
             self.register_buffer(name, tensor, persistent=False)
 
     def nearest(self, a: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cosine, fp32 ``[B]``, and row of the nearest key, int64 ``[B]``."""
-        whitening = Whitening(self.mean, self.basis, self.shrink, self.scale)
-        prepared = PreparedKeys(self.projection, whitening, self.keys, self.shards)
-        return prepared.match(pool_tokens(a, real))
+        """Return the best edit's score, fp32 ``[B]``, and its row in the index, int64 ``[B]``."""
+        prepared = PreparedKeys(
+            self.mean, self.scale, self.signs, self.keys, self.weights, self.shards
+        )
+        return prepared.match(*last_tokens(a, real))
 
     def decide(self, a: Tensor, real: Tensor) -> Tensor:
         """See ``Router.decide``."""
@@ -138,8 +138,8 @@ class KeyRouter(nn.Module):
             return _all_main(a)
         if self.keys.device != a.device:
             self.to(a.device)
-        cosine, row = self.nearest(a, real)
-        inside = (cosine > self.radius) & real.any(-1)
+        score, row = self.nearest(a, real)
+        inside = (score > self.radius) & real.any(-1)
         return torch.where(inside, self.shards[row], MAIN).to(torch.int32)
 
 

@@ -35,7 +35,7 @@ class SideMemory:
         routing: ``"key"`` (nearest stored key) or ``"indicator"`` (the paper, Eq. 3-6).
         key_layer: module path of the projection whose input is the key; before ``layer`` or it.
         key_index: the stored keys.
-        radius: cosine above which a prompt belongs to its nearest edit.
+        radius: score above which a prompt belongs to the best stored edit.
         variant: ``"retrieve"`` (shards stay apart) or ``"merge"`` (full ones are merged).
 
     Raises:
@@ -49,7 +49,7 @@ class SideMemory:
     routing: str = "key"
     key_layer: str | None = None
     key_index: KeyIndex | None = None
-    radius: float = 0.5
+    radius: float = 0.6
     variant: str = "retrieve"
 
     def __post_init__(self) -> None:
@@ -60,7 +60,7 @@ class SideMemory:
         if self.routing == "key" and (self.key_layer is None or self.key_index is None):
             raise ConfigError("key routing needs key_layer and key_index")
         if not math.isfinite(self.radius):
-            raise ConfigError(f"the key radius is {self.radius}: give a cosine")
+            raise ConfigError(f"the key radius is {self.radius}: give a score in [0, 1]")
         self.shape = (int(self.shape[0]), int(self.shape[1]))
         for shard in self.shards:
             self._check(shard)

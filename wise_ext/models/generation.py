@@ -19,7 +19,8 @@ def wrap_generate(model: Any, routing: Routing) -> Callable[..., Any]:
 
     Most of that is the hooks' work. This adds what they cannot see: a generation without a cache,
     where every step looks like a new prompt; an assistant's candidates that come with the prompt;
-    a prompt that is fed in chunks.
+    a prompt that is fed in chunks; a later turn of a dialogue, which goes on with a used cache and
+    is routed by itself.
     """
     original = model.generate
 
@@ -32,7 +33,7 @@ def wrap_generate(model: Any, routing: Routing) -> Callable[..., Any]:
         ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
         prompt = kwargs.get("inputs_embeds") if ids is None else ids
         width = int(prompt.shape[1]) if isinstance(prompt, Tensor) else None
-        with routing.generation(width):
+        with routing.generation(width, cache):
             try:
                 decided = outer is not None or routing.holds(cache)
                 if ids is not None and not decided and _chunked(model, kwargs):

@@ -88,23 +88,24 @@ class Routing:
             self._settle(rows_of(state.forced.to(given.device), batch, "forced routes"))
             return
         held = self._held_by(self._keeper)
+        start = 0 if self._generation is None else self._generation.start
         if held is not None:
-            empty = False if cache is None else _is_empty(past)
-            if empty is False or (empty is None and tokens == 1):
+            due = False if cache is None else _begins(past, start, tokens)
+            if due is False:
                 route = rows_of(held.route, batch, "routes on the cache")
                 state.settle(route, held.glance)
                 if not torch.compiler.is_compiling():
                     held.glance = state.glance
                 return
-            if empty is None and isinstance(past, Tensor):
+            if due is None and isinstance(past, Tensor):
                 # A used static cache that may have been reset: chosen without waiting for it.
-                self._held, self._fresh = held, past == 0
+                self._held, self._fresh = held, past == start
         real = real_tokens(inputs.get("attention_mask"), batch, tokens, given.device, past)
-        if self._generation is not None and isinstance(past, int) and past == 0:
+        if self._generation is not None and isinstance(past, int) and past == start:
             # An assistant's candidates come along with the prompt, but are no part of it.
             width = self._generation.prompt_tokens
-            if width is not None and width < tokens:
-                real = real & (torch.arange(tokens, device=real.device) < width)
+            if width is not None and 0 < width - past < tokens:
+                real = real & (torch.arange(tokens, device=real.device) < width - past)
         if state.limits is not None:
             limits = rows_of(state.limits.to(given.device), batch, "prompt lengths")
             real = first_tokens(real, limits)
@@ -146,9 +147,16 @@ class Routing:
         return self._held_by(cache) is not None
 
     @contextmanager
-    def generation(self, prompt_tokens: int | None) -> Iterator[None]:
-        """One call of generate, its prompts (with pads) so many tokens wide, if that is known."""
-        outer, self._generation = self._generation, _Generation(prompt_tokens)
+    def generation(self, prompt_tokens: int | None, cache: Any = None) -> Iterator[None]:
+        """One call of generate.
+
+        Args:
+            prompt_tokens: the width of its prompts (with pads), if that is known.
+            cache: what it goes on from. Tokens beyond it are a new turn, which decides for itself;
+                a single one goes on with the turn there is.
+        """
+        start = 0 if cache is None else int(cache.get_seq_length())
+        outer, self._generation = self._generation, _Generation(prompt_tokens, start)
         try:
             yield
         finally:
@@ -182,8 +190,9 @@ class Routing:
 class _Generation:
     """One call of generate; without a cache object it keeps the route as that would."""
 
-    def __init__(self, prompt_tokens: int | None) -> None:
+    def __init__(self, prompt_tokens: int | None, start: int) -> None:
         self.prompt_tokens = prompt_tokens
+        self.start = start
 
 
 def rows_of(values: Tensor, batch: int, what: str) -> Tensor:
@@ -200,14 +209,15 @@ def rows_of(values: Tensor, batch: int, what: str) -> Tensor:
     return values.unsqueeze(1).expand(count, batch // count).reshape(batch)
 
 
-def _is_empty(past: int | Tensor) -> bool | None:
-    """Whether a cache of this length is empty; None where looking would cost or break a graph."""
+def _begins(past: int | Tensor, start: int, tokens: int) -> bool | None:
+    """Whether tokens behind a cache of this length begin a prompt or a turn, which a single one
+    behind others does not; None where looking would cost or break a graph."""
     if not isinstance(past, Tensor):
         # Spelled out, so that torch.compile makes it a guard and not a symbol.
-        return True if past == 0 else False  # noqa: SIM210
+        return True if past == start and (start == 0 or tokens > 1) else False  # noqa: SIM210
     if torch.compiler.is_compiling() or past.device.type != "cpu":
-        return None
-    return int(past) == 0
+        return False if tokens == 1 else None
+    return int(past) == start and (start == 0 or tokens > 1)
 
 
 def _cache_in(output: Any) -> Any:

@@ -20,7 +20,7 @@ from wise_ext.storage.commit import CONFIG, LEDGER, TENSORS
 from wise_ext.storage.files import sha256
 
 FORMAT = "wise-ext-memory"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 LEDGER_FIELDS = (
     "id",
     "prompt",
@@ -31,6 +31,7 @@ LEDGER_FIELDS = (
     "iterations",
     "losses",
     "indicator",
+    "guests",
     "record",
 )
 DAMAGED = "was altered or cut short since it was written: restore it from a copy, or edit again"
@@ -83,6 +84,7 @@ def ledger_entry(
     iterations: int,
     losses: Mapping[str, float],
     indicator: float | None,
+    guests: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return the ledger's line about one edit: what it was, and what is needed to make it again.
 
@@ -95,6 +97,7 @@ def ledger_entry(
         iterations: optimiser steps spent.
         losses: the last value of each part of the loss.
         indicator: ``r(edit)`` (Eq. 3) after training, where it was measured.
+        guests: edits of full shards that were trained again because of this one.
     """
     return {
         "id": record["id"],
@@ -106,6 +109,7 @@ def ledger_entry(
         "iterations": iterations,
         "losses": dict(losses),
         "indicator": indicator,
+        "guests": list(guests),
         "record": dict(record),
     }
 

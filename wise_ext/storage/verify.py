@@ -98,8 +98,9 @@ def _keys(memory: SideMemory) -> tuple[bool, str]:
     index = memory.key_index
     if index is None:
         return True, "no key index"
-    if not bool(index.keys.isfinite().all()):
-        raise StorageError("the key index holds keys that are not finite: edit again")
+    # Keys are whole numbers; what they are compared through is not.
+    if not bool(index.mean.isfinite().all() and index.scale.isfinite().all()):
+        raise StorageError("the key index compares by numbers that are not finite: edit again")
     homes = {name: place for place, s in enumerate(memory.shards) for name in s.edit_ids}
     pairs = zip(index.ids, index.shards.tolist(), strict=True)
     wrong = [name for name, shard in pairs if homes.get(name) != shard]
@@ -108,7 +109,7 @@ def _keys(memory: SideMemory) -> tuple[bool, str]:
     unkeyed = sorted(homes.keys() - set(index.ids)) if memory.routing == "key" else []
     if unkeyed:
         raise StorageError(f"edits without a key, which no prompt can reach: {_few(unkeyed)}")
-    return True, f"{len(index)} keys of {index.width} numbers"
+    return True, f"{len(index)} edits by {len(index.tokens)} keys of {index.width} numbers"
 
 
 def _agree(memory: SideMemory, ledger: list[dict[str, Any]]) -> tuple[bool, str]:

@@ -1,0 +1,118 @@
+"""What an edit is practised on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from wise_ext import Edit, WiseConfig
+from wise_ext.editing.contexts import in_context
+from wise_ext.editing.practice import Coach
+from wise_ext.editing.prompts import encode_prompt, encode_target
+from wise_ext.editing.suffix import SuffixEngine
+from wise_ext.models import layer_path
+
+EDIT = Edit("a", "The river through Lumo is", "the Senna", locality_prompt="The sky is")
+CONTEXTS = [f"It was number {i}" for i in range(8)]
+
+
+@pytest.fixture(scope="module")
+def make(model_dir: Path) -> Any:
+    """A coach with these settings, and what it has its engine capture, decoded."""
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    model = AutoModelForCausalLM.from_pretrained(model_dir).eval()
+    engine = SuffixEngine(model, layer_path(model, 2), layer_path(model, 0))
+
+    def coach(**changes: Any) -> Coach:
+        return Coach(engine, tokenizer, WiseConfig(**changes), CONTEXTS)
+
+    coach.tokenizer = tokenizer  # type: ignore[attr-defined]
+    return coach
+
+
+def _texts(coach: Coach, edit: Edit, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """(prompt, target) of each row that practising an edit captures, in order."""
+    seen: list[tuple[str, str]] = []
+    capture, decode = coach.engine.capture, coach._tokenizer.decode
+
+    def spy(prompts: Any, targets: Any) -> Any:
+        seen.extend((decode(p), decode(t)) for p, t in zip(prompts, targets, strict=True))
+        return capture(prompts, targets)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(coach.engine, "capture", spy)
+        coach.practice(edit)
+    return seen
+
+
+def test_rows_of_an_edit(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    coach = make(contexts_per_edit=3)
+    texts = _texts(coach, EDIT, monkeypatch)
+    assert texts[0] == (EDIT.prompt, " the Senna</s>")
+    # The chat template's turn has an answer of its own: no space in front.
+    assert texts[-1] == (f"Q: {EDIT.prompt}\nA:", "the Senna</s>")
+    drawn = [text for text, _ in texts[1:-1]]
+    assert len(set(drawn)) == 3
+    assert set(drawn) <= {in_context(context, EDIT.prompt) for context in CONTEXTS}
+    practice = coach.practice(EDIT)
+    assert len(practice.contexts) == 4 and practice.unrelated is None
+    assert coach.practice(EDIT) is practice
+    target = encode_target(make.tokenizer, EDIT.target_new)
+    assert practice.bare.labels.tolist() == target
+    assert practice.bare.key is not None
+    assert practice.bare.key.ids.tolist() == encode_prompt(make.tokenizer, EDIT.prompt)
+    assert all(row.key is None for row in practice.contexts)
+
+
+def test_each_edit_draws_contexts_of_its_own(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def drawn(name: str, **changes: Any) -> list[str]:
+        edit = Edit(name, EDIT.prompt, EDIT.target_new)
+        coach = make(contexts_per_edit=3, chat_context=False, **changes)
+        # Neither the company nor the order decides.
+        coach.practice(Edit("other", "Who?", "Ines"))
+        return [text for text, _ in _texts(coach, edit, monkeypatch)]
+
+    assert drawn("a") == drawn("a")
+    assert len({tuple(drawn(name)) for name in "abcdefgh"}) > 4
+    assert len({tuple(drawn("a", seed=seed)) for seed in range(8)}) > 4
+    assert len(drawn("a")) == 4
+
+
+def test_margins_bring_an_unrelated_prompt_last(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    coach = make(margins=True, contexts_per_edit=2)
+    texts = _texts(coach, EDIT, monkeypatch)
+    assert len(texts) == 5 and texts[-1] == ("The sky is", "")
+    practice = coach.practice(EDIT)
+    assert practice.unrelated is not None and len(practice.contexts) == 3
+    assert len(practice.unrelated.labels) == 0
+    assert practice.locality_prompt == "The sky is"
+    bare = coach.practice(Edit("b", EDIT.prompt, EDIT.target_new))
+    assert bare.locality_prompt
+
+
+def test_contexts_of_the_chat_template(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Everything is in the template already.
+    texts = _texts(make(chat_template=True, contexts_per_edit=2), EDIT, monkeypatch)
+    assert len(texts) == 3 and all(text.startswith("Q: ") for text, _ in texts)
+    coach = make(contexts_per_edit=0, contexts_per_round=0, chat_context=False)
+    assert [text for text, _ in _texts(coach, EDIT, monkeypatch)] == [EDIT.prompt]
+    # A tokenizer without a template is none the worse.
+    template, make.tokenizer.chat_template = make.tokenizer.chat_template, None
+    try:
+        coach = make(contexts_per_edit=1)
+        assert len(_texts(coach, EDIT, monkeypatch)) == 2
+    finally:
+        make.tokenizer.chat_template = template
+
+
+def test_an_edit_of_the_same_name_is_captured_anew(make: Any) -> None:
+    coach = make(contexts_per_edit=1)
+    first = coach.practice(EDIT)
+    second = coach.practice(Edit("a", EDIT.prompt, "the Orla"))
+    assert not torch.equal(first.bare.labels, second.bare.labels)
+    coach.forget()
+    assert coach.practice(EDIT) is not first

@@ -1,0 +1,107 @@
+"""Which edits share a shard: what a prompt could confuse is kept together.
+
+A new edit invites, as its guests, the edits of full shards that its prompt could be taken for, or
+that could be taken for it. They are trained again, together with it, in its shard, and found there
+from then on: telling them apart is a matter of training then, and not of routing. Every entry of
+the ledger names the guests it asked for, so that a shard can be trained again from the ledger.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from wise_ext.editing.edits import Edit, find_conflicts
+from wise_ext.editing.ledger import edit_of, was_trained
+from wise_ext.editing.parts import Parts, steps_of
+from wise_ext.memory import SideMemory, TokenKeys
+
+Ledger = Sequence[dict[str, Any]]
+
+
+def guests_for(
+    memory: SideMemory,
+    parts: Parts,
+    ledger: Ledger,
+    edits: Sequence[Edit],
+    keys: Sequence[TokenKeys],
+) -> dict[str, list[str]]:
+    """By new edit, the edits of full shards that it could be confused with.
+
+    One that is a guest in the open shard already is named again: it must stay when the edit that
+    asked it in is undone.
+
+    Args:
+        memory: its index is asked; without one, or where shards are merged, nobody has guests.
+        parts: which are full.
+        ledger: the edits so far.
+        edits: the new ones.
+        keys: the tokens of their prompts.
+    """
+    index = memory.key_index
+    if index is None or not parts.apart:
+        return {edit.id: [] for edit in edits}
+    full = {e["id"] for e in ledger if e["part"] < parts.closed}
+    near = index.like(keys, memory.radius)
+    return {
+        edit.id: [name for name in names if name in full]
+        for edit, names in zip(edits, near, strict=True)
+    }
+
+
+def invited(
+    ledger: Ledger, there: Sequence[Edit], edits: Sequence[Edit], guests: dict[str, list[str]]
+) -> list[Edit]:
+    """The guests of new edits that are not ``there`` in the shard yet and still say what holds."""
+    present = {edit.id for edit in (*there, *edits)}
+    wanted = {name for edit in edits for name in guests[edit.id]} - present
+    known = [edit_of(e) for e in ledger if e["id"] in wanted]
+    replaced = {older for older, _ in find_conflicts([*known, *there, *edits])}
+    return [edit for edit in known if edit.id not in replaced]
+
+
+def trained_in(ledger: Ledger, part: int) -> list[Edit]:
+    """What a part was trained on, guests included, in order."""
+    there: list[Edit] = []
+    for _, entries in steps_of(ledger, part):
+        there += joining(ledger, there, entries)
+    return there
+
+
+def joining(ledger: Ledger, there: Sequence[Edit], entries: Ledger) -> list[Edit]:
+    """What one step of the ledger added to a part: its edits and their guests."""
+    new = [edit_of(e) for e in entries if was_trained(e)]
+    return [*new, *invited(ledger, there, new, {e["id"]: e["guests"] for e in entries})]
+
+
+def settle(memory: SideMemory, parts: Parts, ledger: Ledger) -> None:
+    """Every edit is found in the last shard that it was trained in, and listed there alone."""
+    homes = homes_of(ledger)
+    held: list[list[str]] = [[] for _ in memory.shards]
+    for entry in ledger:
+        if was_trained(entry):
+            entry["shard"] = parts.slot(homes[entry["id"]])
+            held[entry["shard"]].append(entry["id"])
+    if memory.key_index is not None:
+        memory.key_index.place([parts.slot(homes[name]) for name in memory.key_index.ids])
+    if parts.apart:
+        for shard, ids in zip(memory.shards, held, strict=True):
+            shard.edit_ids = ids
+
+
+def homes_of(ledger: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """The part each edit is found in: the last it was trained in, on its own account or as the
+    guest of a later edit. One whose prompt a later edit answers anew is found beside that edit,
+    without having been trained there: no wording may lead back to the old answer."""
+    homes = {e["id"]: int(e["part"]) for e in ledger}
+    trained = {e["id"] for e in ledger if was_trained(e)}
+    for entry in ledger:
+        for guest in entry["guests"] if was_trained(entry) else ():
+            if guest in trained:
+                homes[guest] = max(homes[guest], int(entry["part"]))
+    return homes
+
+
+def parts_with_guest(ledger: Sequence[dict[str, Any]], edit_id: str) -> list[int]:
+    """The parts that an edit was trained in as a guest, or whose guests it may have asked in."""
+    return [int(e["part"]) for e in ledger if edit_id in e["guests"]]
