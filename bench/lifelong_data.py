@@ -1,7 +1,7 @@
 """The facts of a lifelong run: which files, in which order, and which half of them.
 
-The files are not part of this repository: they are looked for in the folder that WISE_EXT_DATA
-names, or in ../shared/data beside the checkout.
+The files are not part of this repository: they are looked for in the folder that `--data` or
+WISE_EXT_DATA names, else where the command is run.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bench.rows import ROOT
 from wise_ext.editing.edits import Edit, read_edits
 from wise_ext.errors import DataError
 
@@ -54,7 +53,7 @@ def data_folder(given: Path | None = None) -> Path:
     """Where the data files are."""
     if given is not None:
         return given
-    return Path(os.environ.get("WISE_EXT_DATA", ROOT.parent / "shared" / "data"))
+    return Path(os.environ.get("WISE_EXT_DATA", "."))
 
 
 def pool(

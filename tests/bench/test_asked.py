@@ -87,25 +87,6 @@ def test_texts_from_elsewhere_say_nothing_of_the_facts() -> None:
         assert 150 <= len(text.text) <= 1100, text.id
 
 
-def test_relations_are_of_other_subjects_than_the_demo() -> None:
-    path = Path(prompts.__file__).parents[1] / "wise_ext" / "data" / "relations.jsonl"
-    facts = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    assert len(facts) == len({f["id"] for f in facts}) == 60
-    seen: set[str] = set()
-    for fact in facts:
-        subject = fact["subject"].lower().removeprefix("the ")
-        near = [fact["prompt"], *fact["rephrase"], *fact["same_subject"]]
-        assert [len(fact[k]) for k in ("rephrase", "same_subject", "same_relation")] == [2] * 3
-        assert all(subject in text.lower() for text in near), fact["id"]
-        assert not any(subject in text.lower() for text in fact["same_relation"]), fact["id"]
-        texts = {*near, *fact["same_relation"]}
-        assert len(texts) == 7, fact["id"]
-        assert not texts & seen, fact["id"]
-        seen |= texts
-        joined = " ".join(texts).lower()
-        assert not any(str(e.subject).lower() in joined for e in FACTS.values()), fact["id"]
-
-
 def test_a_piece_that_is_not_there(tmp_path: Path) -> None:
     line = {"id": "x", "kind": "long", "case": "unrelated", "facts": [], "form": "text"}
     file = tmp_path / "asked.jsonl"

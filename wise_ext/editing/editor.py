@@ -30,7 +30,7 @@ from wise_ext.editing.ledger import (
     was_trained,
 )
 from wise_ext.editing.parts import Parts, count_parts, steps_of
-from wise_ext.editing.progress import progress_bar
+from wise_ext.editing.progress import part_way, progress_bar
 from wise_ext.editing.wise import OpenShard
 from wise_ext.editing.workshop import Workshop
 from wise_ext.errors import ConfigError, DataError
@@ -147,7 +147,7 @@ class Editor:
                     move(done, len(edits))
                     room = self.config.shard_size - (len(self._open.edits) if self._open else 0)
                     step = edits[done : done + min(self.config.batch_size, room)]
-                    told = _part_way(move, done, len(step), len(edits))
+                    told = part_way(move, done, len(step), len(edits))
                     self._write(step, journal, told)
                 move(len(edits), len(edits))
             if self._directory is not None:
@@ -397,10 +397,3 @@ def _same_settings(given: WiseConfig | None, stored: WiseConfig, directory: Path
         f"the memory in {directory} was made with {name}={old[name]!r}, not {new[name]!r}: "
         "edit on with its own settings, or choose another directory"
     )
-
-
-def _part_way(
-    move: Callable[[int, int], None], done: int, step: int, total: int
-) -> Callable[[int], None]:
-    """Progress within a step, which is never whole before it is recorded."""
-    return lambda settled: move(done + min(settled, step - 1), total)
