@@ -46,7 +46,8 @@ class WiseConfig:
             ``contexts_per_edit`` of them (or all) to be practised in, besides its bare prompt.
         chat_context: practise an edit inside the chat template, too, where there is one.
         contexts_per_round: of an edit's contexts, so many (or all) are drawn each round.
-        replay: rows of the shard's earlier edits practised along with each round.
+        replay: rows of the shard's earlier edits practised along with each round. Unless it is 0, a
+            step ends only when all of them still pass, and what was forgotten is practised again.
         margins: train Eq. 5's margins on the indicator.
         alpha, beta, gamma: those margins; None scales the paper's 5, 20 and 10 to the model, by
             the size of the edited projection's output on neutral text.
@@ -82,7 +83,7 @@ class WiseConfig:
     chat_context: bool = True
     context_tokens: int = 10
     contexts_per_round: int = 1
-    replay: int = 12
+    replay: int = 4
     margins: bool = False
     alpha: float | None = None
     beta: float | None = None

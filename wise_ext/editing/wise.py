@@ -187,6 +187,7 @@ class _Lesson:
         drawn = self._config.contexts_per_round > 0
         self._due = [[0] * (1 + drawn * len(p.contexts)) for p in new]
         self._passed = [[False] * len(rows) for rows in self._due]
+        self._forgotten: list[_Sample] = []
 
     @property
     def settled(self) -> list[bool]:
@@ -195,9 +196,10 @@ class _Lesson:
 
     def run(self, progress: Callable[[int], None]) -> None:
         for number in range(self._config.iterations):
-            everyone = not self._config.early_stop or all(self.settled)
+            everyone = not self._config.early_stop or (all(self.settled) and not self._forgotten)
             samples = self._draw(-1 if everyone else number)
             passed = self._round(samples)
+            self._forgotten = [s for s, ok in passed if s.owner < 0 and not ok]
             for sample, ok in passed:
                 if sample.owner >= 0:
                     self._passed[sample.owner][sample.place] = ok
@@ -220,7 +222,8 @@ class _Lesson:
 
     def _draw(self, number: int) -> list[_Sample]:
         """Rows for a round: of each new edit the bare prompt and some contexts, as far as they are
-        due by now (-1: due or not), and earlier edits at random."""
+        due by now, and of earlier edits those that were forgotten and some at random. With -1,
+        before the lesson may end, it is every new edit's turn, and every earlier one's."""
         samples = []
         for i, p in enumerate(self._new):
             due = [r for r, when in enumerate(self._due[i]) if number < 0 or when <= number]
@@ -229,6 +232,11 @@ class _Lesson:
             drawn = [r for r in due if r == 0] + self._rng.sample(contexts, count)
             rows = [p.bare, *p.contexts]
             samples += [_Sample(i, r, rows[r], p.unrelated) for r in drawn]
+        if not self._config.replay:
+            return samples
+        if number < 0 and self._config.early_stop:
+            return samples + [_Sample(-1, 0, p.bare, p.unrelated) for p in self._old]
+        samples += self._forgotten
         for p in self._rng.sample(self._old, min(self._config.replay, len(self._old))):
             samples.append(_Sample(-1, 0, self._rng.choice([p.bare, *p.contexts]), p.unrelated))
         return samples
