@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json as json_format
 import os
-import shlex
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -184,7 +183,7 @@ def measure(plan: Plan, details: Path | None = None) -> Iterator[bench_rows.Row]
     Raises:
         WiseError: see `prepare`.
     """
-    command = shlex.join(["python", "-m", "bench.asking", *sys.argv[1:]])
+    command = bench_rows.command_line("bench.asking", sys.argv[1:])
     origin = bench_rows.provenance("cpu", command)
     model, tokenizer = models.load_model(plan.model, device="cpu")
     asked = plan.asked

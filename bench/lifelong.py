@@ -16,13 +16,10 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
-import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +27,7 @@ import torch
 from bench import lifelong_data as data
 from bench.lifelong_options import parse
 from bench.lifelong_state import Call, RunState, publish
-from bench.rows import Row, provenance
+from bench.rows import Row, command_line, homeless, provenance
 from wise_ext.cli import console
 from wise_ext.editing.config import WiseConfig
 from wise_ext.editing.editor import Editor
@@ -201,7 +198,7 @@ class Run:
             "dataset": options.dataset,
             "name": options.name,
             "run": self.state.run,
-            "model": _homeless(options.model),
+            "model": homeless(options.model),
             "n": report["n"],
             "superseded": superseded,
             "rel": report["reliability"],
@@ -276,12 +273,7 @@ def _rounded(value: Any) -> Any:
 
 def _command() -> str:
     """The command, without the folders of this machine."""
-    return shlex.join(["python", "-m", "bench.lifelong", *map(_homeless, sys.argv[1:])])
-
-
-def _homeless(word: str) -> str:
-    option, equals, value = word.rpartition("=")
-    return option + equals + (Path(value).name if os.path.isabs(value) else value)
+    return command_line("bench.lifelong", sys.argv[1:])
 
 
 def _short(row: Row) -> str:

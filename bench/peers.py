@@ -22,7 +22,7 @@ import typer
 from bench import peer_easyedit
 from bench.peer_scoring import METRICS
 from bench.peer_worker import BATCHED, PEER, STREAM, Plan, ask, read_plan_edits
-from bench.rows import ROOT
+from bench.rows import ROOT, command_line
 from bench.timing import percentile
 from wise_ext import WiseError
 from wise_ext.cli import console
@@ -86,7 +86,7 @@ def main(
         same=same_settings,
         pairs=overhead_pairs,
         seed=seed,
-        command=_command(sys.argv[1:]),
+        command=command_line("bench.peers", sys.argv[1:]),
     )
     try:
         # Both in a moment, and not after the first process has loaded its model.
@@ -202,15 +202,6 @@ def _counts(threads: ThreadsName) -> list[int]:
     everything = everything or os.cpu_count() or 1
     wanted = {"1": [1], "all": [everything], "both": [1, everything]}[threads.value]
     return list(dict.fromkeys(wanted))
-
-
-def _command(arguments: Sequence[str]) -> str:
-    """The command line, folders of this machine left out."""
-    words = [
-        "=".join(Path(part).name if os.sep in part else part for part in word.split("="))
-        for word in arguments
-    ]
-    return " ".join(["python", "-m", "bench.peers", *words])
 
 
 def _told(row: Row) -> str:

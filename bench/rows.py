@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,17 @@ def _median(call: Any, device: str) -> float:
             call()
             found.append(now() - began)
     return percentile(found, 0.5)
+
+
+def homeless(word: str) -> str:
+    """An argument without folders of this machine: absolute paths keep their last part."""
+    option, equals, value = word.rpartition("=")
+    return option + equals + (Path(value).name if os.path.isabs(value) else value)
+
+
+def command_line(module: str, arguments: Sequence[str]) -> str:
+    """What was typed, folders of this machine left out."""
+    return shlex.join(["python", "-m", module, *map(homeless, arguments)])
 
 
 def provenance(device: str, command: str, commit: str | None = None) -> Row:

@@ -16,6 +16,7 @@ import pytest
 
 from bench import lifelong, lifelong_data
 from bench.lifelong_state import Call, RunState, append_line, publish, read_lines
+from bench.rows import ROOT
 from wise_ext.editing.edits import demo_edits
 from wise_ext.errors import DataError, StorageError
 
@@ -127,7 +128,7 @@ def _killed(command: list[str], when: Callable[[], bool]) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
     process = subprocess.Popen(
         [sys.executable, "-m", "bench.lifelong", *command],
-        cwd=lifelong_data.ROOT,
+        cwd=ROOT,
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

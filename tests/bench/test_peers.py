@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from bench import peer_scoring, peer_worker, peers, same_settings
+from bench import peer_scoring, peer_worker, peers, rows, same_settings
 from bench.peer_easyedit import PeerError
 from bench.peer_worker import BATCHED, PEER, STREAM, Bench, Plan, in_turns, unrelated_texts
 from tests.bench import fake_easyedit
@@ -146,7 +146,7 @@ def test_the_report_is_of_one_thread_where_there_is_one(tmp_path: Path) -> None:
 
 def test_the_noted_command_names_no_folder_of_this_machine() -> None:
     words = ["--easyedit", "/home/me/EasyEdit", "--edits=/data/zsre.jsonl", "--limit", "5"]
-    assert peers._command(words) == (
+    assert rows.command_line("bench.peers", words) == (
         "python -m bench.peers --easyedit EasyEdit --edits=zsre.jsonl --limit 5"
     )
 
