@@ -11,71 +11,33 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import wise_ext
+from tests.editing.facts import EDITS, FILES, QUICK, answer, edits_of, same_files
 from wise_ext import Edit, Editor, WiseConfig
 from wise_ext.errors import ConfigError, DataError, StorageError
-
-FILES = ("wise_config.json", "side_memory.safetensors", "edits.jsonl")
-QUICK: dict[str, Any] = {
-    "contexts": 1,
-    "contexts_per_edit": 1,
-    "context_tokens": 4,
-    "learning_rate": 0.05,
-    "stop_margin": 1.0,
-    "layer": 2,
-}
-EDITS = [
-    Edit("a", "The river through Lumo is", "the Senna"),
-    Edit("b", "Who runs the Ardo bakery?", "Ines Hult"),
-    Edit("c", "The colour of the Pell flag is", "grey"),
-    Edit("d", "Where is the Quist tower?", "Varno"),
-    Edit("e", "The first mayor of Telm was", "Jon Aker"),
-]
-# Of a's subject: their prompts could be taken for a's.
-A2 = Edit("a2", "The river through Lumo flows to", "Orla")
-A3 = Edit("a3", "The river through Lumo was named by", "Brix")
-
-
-@pytest.fixture
-def load(model_dir: Path) -> Any:
-    """A fresh copy of the tiny model and its tokenizer at each call."""
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    return lambda: (AutoModelForCausalLM.from_pretrained(model_dir).eval(), tokenizer)
-
-
-def _same(one: Path, two: Path) -> bool:
-    return all(filecmp.cmp(one / name, two / name, shallow=False) for name in FILES)
-
-
-def _answer(model: Any, tokenizer: Any, prompt: str) -> str:
-    ids = tokenizer(prompt, return_tensors="pt")
-    with torch.no_grad():
-        out = model.generate(**ids, max_new_tokens=12, do_sample=False)
-    return str(tokenizer.decode(out[0, ids.input_ids.shape[1] :], skip_special_tokens=True)).strip()
 
 
 def test_edits_take_and_survive_a_day(load: Any, tmp_path: Path) -> None:
     """The issue's own example: edit, generate, save, load into another copy, unload."""
     model, tokenizer = load()
     weights = {k: v.clone() for k, v in model.state_dict().items()}
-    unedited = [_answer(model, tokenizer, e.prompt) for e in EDITS]
+    unedited = [answer(model, tokenizer, e.prompt) for e in EDITS]
     editor = Editor(model, tokenizer, WiseConfig(**QUICK))
     calls: list[tuple[int, int]] = []
     report = editor.edit(EDITS, progress=lambda done, total: calls.append((done, total)))
     assert (report.edits, report.shards, report.unconverged) == (5, 1, [])
     assert calls[0] == (0, 5) and calls[-1] == (5, 5)
     assert {done for done, _ in calls[:-1]} <= {0, 1, 2, 3, 4}
-    assert [_answer(model, tokenizer, e.prompt) for e in EDITS] == [e.target_new for e in EDITS]
+    assert [answer(model, tokenizer, e.prompt) for e in EDITS] == [e.target_new for e in EDITS]
     assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
     editor.save(tmp_path / "memory")
 
     other, _ = load()
     wise_ext.load_memory(other, tmp_path / "memory")
-    assert [_answer(other, tokenizer, e.prompt) for e in EDITS] == [e.target_new for e in EDITS]
+    assert [answer(other, tokenizer, e.prompt) for e in EDITS] == [e.target_new for e in EDITS]
     wise_ext.unload(other)
-    assert [_answer(other, tokenizer, e.prompt) for e in EDITS] == unedited
+    assert [answer(other, tokenizer, e.prompt) for e in EDITS] == unedited
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
@@ -85,7 +47,7 @@ def test_same_seed_same_bytes_and_another_seed_others(
     config = WiseConfig(batch_size=batch_size, shard_size=2, **QUICK)
     for name, changed in (("one", config), ("two", config), ("three", config.replace(seed=1))):
         Editor(*load(), changed, tmp_path / name).edit(EDITS[:3], progress=False)
-    assert _same(tmp_path / "one", tmp_path / "two")
+    assert same_files(tmp_path / "one", tmp_path / "two")
     assert not filecmp.cmp(
         tmp_path / "one" / FILES[1], tmp_path / "three" / FILES[1], shallow=False
     )
@@ -97,7 +59,7 @@ def test_one_at_a_time_each_is_effective_before_the_next(load: Any) -> None:
     for number, edit in enumerate(EDITS[:3], 1):
         editor.edit([edit], progress=False)
         told = EDITS[:number]
-        assert [_answer(model, tokenizer, e.prompt) for e in told] == [e.target_new for e in told]
+        assert [answer(model, tokenizer, e.prompt) for e in told] == [e.target_new for e in told]
 
 
 def test_editing_on_in_a_directory(load: Any, tmp_path: Path) -> None:
@@ -110,7 +72,7 @@ def test_editing_on_in_a_directory(load: Any, tmp_path: Path) -> None:
     later = Editor.open(*load(), tmp_path / "parts")
     assert later.config == config
     later.edit(EDITS[3:], progress=False)
-    assert _same(tmp_path / "whole", tmp_path / "parts")
+    assert same_files(tmp_path / "whole", tmp_path / "parts")
     with pytest.raises(ConfigError, match="was made with seed=0, not 5"):
         Editor(*load(), config.replace(seed=5), tmp_path / "whole")
 
@@ -124,7 +86,7 @@ def test_undo_is_never_having_made_the_edit(load: Any, tmp_path: Path) -> None:
         editor.undo("b")
         never = Editor(*load(), config, folder / "never")
         never.edit([EDITS[0], EDITS[2]], progress=False)
-        assert _same(folder / "undone", folder / "never")
+        assert same_files(folder / "undone", folder / "never")
 
 
 def test_undo_leaves_other_shards_alone(load: Any, tmp_path: Path) -> None:
@@ -145,12 +107,12 @@ def test_undo_leaves_other_shards_alone(load: Any, tmp_path: Path) -> None:
 
 def test_undo_of_the_only_edit_leaves_nothing(load: Any) -> None:
     model, tokenizer = load()
-    unedited = _answer(model, tokenizer, EDITS[0].prompt)
+    unedited = answer(model, tokenizer, EDITS[0].prompt)
     editor = Editor(model, tokenizer, WiseConfig(**QUICK))
     editor.edit(EDITS[:1], progress=False)
     editor.undo("a")
     assert editor.memory.shards == [] and editor.ledger == []
-    assert _answer(model, tokenizer, EDITS[0].prompt) == unedited
+    assert answer(model, tokenizer, EDITS[0].prompt) == unedited
 
 
 @pytest.mark.parametrize("group", [1, 2])
@@ -165,7 +127,7 @@ def test_editing_goes_on_after_full_shards_were_emptied(
         editor.undo(gone)
     editor.edit(EDITS[4:], progress=False)
     assert all(check.ok for check in wise_ext.storage.verify(tmp_path / "m"))
-    assert _answer(model, tokenizer, EDITS[4].prompt) == EDITS[4].target_new
+    assert answer(model, tokenizer, EDITS[4].prompt) == EDITS[4].target_new
     assert editor.memory.shard_of("e") == len(editor.memory.shards) - 1
     again = Editor.open(*load(), tmp_path / "m")
     again.undo("e")
@@ -194,13 +156,13 @@ def test_the_later_of_two_targets_wins(load: Any) -> None:
     prompt = EDITS[0].prompt
     report = editor.edit([EDITS[0], Edit("a2", prompt, "the Orla"), EDITS[1]], progress=False)
     assert report.conflicts == [("a", "a2")]
-    assert _answer(model, tokenizer, prompt) == "the Orla"
+    assert answer(model, tokenizer, prompt) == "the Orla"
     report = editor.edit([Edit("a3", prompt, "the Brix")], progress=False)
     assert ("a2", "a3") in report.conflicts
-    assert _answer(model, tokenizer, prompt) == "the Brix"
-    assert _answer(model, tokenizer, EDITS[1].prompt) == EDITS[1].target_new
+    assert answer(model, tokenizer, prompt) == "the Brix"
+    assert answer(model, tokenizer, EDITS[1].prompt) == EDITS[1].target_new
     editor.undo("a3")
-    assert _answer(model, tokenizer, prompt) == "the Orla"
+    assert answer(model, tokenizer, prompt) == "the Orla"
 
 
 def test_ids_are_unique(load: Any) -> None:
@@ -226,148 +188,10 @@ def test_the_paper_preset_separates_by_the_indicator(load: Any) -> None:
     edits = [Edit(e.id, e.prompt, e.target_new, locality_prompt=unrelated) for e in EDITS[:2]]
     report = editor.edit(edits, progress=False)
     assert report.unconverged == []
-    assert [_answer(model, tokenizer, e.prompt) for e in EDITS[:2]] == ["the Senna", "Ines Hult"]
-    _answer(model, tokenizer, unrelated)
+    assert [answer(model, tokenizer, e.prompt) for e in EDITS[:2]] == ["the Senna", "Ines Hult"]
+    answer(model, tokenizer, unrelated)
     route = wise_ext.last_route(model)
     assert route is not None and route.tolist() == [-1]
-
-
-def _of(names: str) -> list[Edit]:
-    """Edits by their ids."""
-    known = {edit.id: edit for edit in (*EDITS, A2, A3)}
-    return [known[name] for name in names.split()]
-
-
-def _agrees(editor: Editor, homes: dict[str, int]) -> None:
-    """Ledger, shards and keys name the same shard of every edit, and it alone."""
-    assert {e["id"]: e["shard"] for e in editor.ledger} == homes
-    index = editor.memory.key_index
-    assert index is not None
-    assert dict(zip(index.ids, index.shards.tolist(), strict=True)) == homes
-    for place, shard in enumerate(editor.memory.shards):
-        assert shard.edit_ids == [name for name, home in homes.items() if home == place]
-
-
-def test_a_later_edit_of_a_subject_brings_the_earlier_one_along(load: Any, tmp_path: Path) -> None:
-    model, tokenizer = load()
-    told = [*_of("a b c"), A2, EDITS[3], EDITS[4]]
-    config = WiseConfig(shard_size=3, batch_size=1, **QUICK)
-    editor = Editor(model, tokenizer, config, tmp_path / "m")
-    assert editor.edit(told, progress=False).unconverged == []
-    assert {e["id"]: e["guests"] for e in editor.ledger if e["guests"]} == {"a2": ["a"]}
-    # A guest takes up room: part 1 was full before e.
-    _agrees(editor, {"a": 1, "b": 0, "c": 0, "a2": 1, "d": 1, "e": 2})
-    assert {e["id"]: e["part"] for e in editor.ledger}["a"] == 0
-    assert [_answer(model, tokenizer, e.prompt) for e in told] == [e.target_new for e in told]
-    for edit in (told[0], A2):
-        _answer(model, tokenizer, edit.prompt)
-        route = wise_ext.last_route(model)
-        assert route is not None and route.tolist() == [1]
-    assert all(check.ok for check in wise_ext.storage.verify(tmp_path / "m"))
-    again = Editor.open(*load(), tmp_path / "m")
-    _agrees(again, {"a": 1, "b": 0, "c": 0, "a2": 1, "d": 1, "e": 2})
-
-
-def test_editing_on_beside_a_guest(load: Any, tmp_path: Path) -> None:
-    """A part with a guest in it, taken up by another editor = never put down."""
-    config = WiseConfig(shard_size=4, **QUICK)
-    first, second = _of("a b c e a2"), _of("d a3")
-    whole = Editor(*load(), config, tmp_path / "whole")
-    whole.edit(first, progress=False)
-    whole.edit(second, progress=False)
-    Editor(*load(), config, tmp_path / "parts").edit(first, progress=False)
-    Editor.open(*load(), tmp_path / "parts").edit(second, progress=False)
-    assert _same(tmp_path / "whole", tmp_path / "parts")
-
-
-def test_undo_of_a_host_sends_its_guest_home(load: Any, tmp_path: Path) -> None:
-    config = WiseConfig(shard_size=4, batch_size=1, **QUICK)
-    editor = Editor(*load(), config, tmp_path / "undone")
-    editor.edit(_of("a b c e a2 d"), progress=False)
-    assert editor.memory.shard_of("a") == 1
-    full = editor.memory.shards[0].values.clone()
-    editor.undo("a2")
-    assert torch.equal(editor.memory.shards[0].values, full)
-    Editor(*load(), config, tmp_path / "never").edit(_of("a b c e d"), progress=False)
-    assert _same(tmp_path / "undone", tmp_path / "never")
-    _agrees(editor, {"a": 0, "b": 0, "c": 0, "e": 0, "d": 1})
-    assert _answer(editor.model, load()[1], EDITS[0].prompt) == EDITS[0].target_new
-
-
-def test_undo_of_a_host_leaves_the_guest_to_the_next(load: Any, tmp_path: Path) -> None:
-    config = WiseConfig(shard_size=4, batch_size=1, **QUICK)
-    editor = Editor(*load(), config, tmp_path / "undone")
-    editor.edit(_of("a b c e a2 a3"), progress=False)
-    assert editor.memory.shards[1].edit_ids == ["a", "a2", "a3"]
-    editor.undo("a2")
-    Editor(*load(), config, tmp_path / "never").edit(_of("a b c e a3"), progress=False)
-    assert _same(tmp_path / "undone", tmp_path / "never")
-    _agrees(editor, {"a": 1, "b": 0, "c": 0, "e": 0, "a3": 1})
-
-
-def test_undo_of_an_only_host_drops_its_shard(load: Any, tmp_path: Path) -> None:
-    config = WiseConfig(shard_size=3, batch_size=1, **QUICK)
-    editor = Editor(*load(), config, tmp_path / "undone")
-    editor.edit(_of("a b c a2"), progress=False)
-    assert len(editor.memory.shards) == 2
-    editor.undo("a2")
-    Editor(*load(), config, tmp_path / "never").edit(_of("a b c"), progress=False)
-    assert _same(tmp_path / "undone", tmp_path / "never")
-    editor.edit([EDITS[3]], progress=False)
-    _agrees(editor, {"a": 0, "b": 0, "c": 0, "d": 1})
-
-
-def test_undo_of_a_guest_trains_both_of_its_shards_again(load: Any, tmp_path: Path) -> None:
-    config = WiseConfig(shard_size=4, batch_size=1, **QUICK)
-    editor = Editor(*load(), config, tmp_path / "undone")
-    editor.edit(_of("a b c e a2 d"), progress=False)
-    before = [shard.values.clone() for shard in editor.memory.shards]
-    editor.undo("a")
-    after = [shard.values for shard in editor.memory.shards]
-    assert not torch.equal(after[0], before[0]) and not torch.equal(after[1], before[1])
-    _agrees(editor, {"b": 0, "c": 0, "e": 0, "a2": 1, "d": 1})
-    assert all(check.ok for check in wise_ext.storage.verify(tmp_path / "undone"))
-    assert all(entry["guests"] == [] for entry in editor.ledger)
-    # A full shard stays one when it loses an edit; so does a full one of three.
-    smaller = Editor(*load(), config.replace(shard_size=3), tmp_path / "never")
-    smaller.edit(_of("b c e a2 d"), progress=False)
-    for name in FILES[1:]:
-        assert filecmp.cmp(tmp_path / "undone" / name, tmp_path / "never" / name, shallow=False)
-
-
-@pytest.mark.parametrize("batch_size", [1, 8])
-def test_a_new_answer_to_a_prompt_of_a_full_shard(
-    load: Any, tmp_path: Path, batch_size: int
-) -> None:
-    """What was replaced is not trained again, but nothing leads to it any more, either."""
-    model, tokenizer = load()
-    config = WiseConfig(shard_size=2, batch_size=batch_size, **QUICK)
-    editor = Editor(model, tokenizer, config, tmp_path / "m")
-    editor.edit(_of("a b"), progress=False)
-    newer = Edit("a9", EDITS[0].prompt, "the Brix")
-    report = editor.edit([newer, EDITS[2]], progress=False)
-    assert report.conflicts == [("a", "a9")]
-    # Two edits fill their shard: the replaced one takes no room.
-    assert [len(e.edits) if (e := editor._open) else 0, len(editor.memory.shards)] == [0, 2]
-    _agrees(editor, {"a": 1, "b": 0, "a9": 1, "c": 1})
-    assert _answer(model, tokenizer, newer.prompt) == "the Brix"
-    assert all(check.ok for check in wise_ext.storage.verify(tmp_path / "m"))
-    editor.undo("a9")
-    _agrees(editor, {"a": 0, "b": 0, "c": 1})
-    assert _answer(model, tokenizer, newer.prompt) == EDITS[0].target_new
-
-
-@pytest.mark.parametrize(
-    "merging",
-    [{"shards_per_merge": 2}, {"variant": "merge"}, {"router": "indicator", "margins": True}],
-)
-def test_only_shards_that_stay_apart_and_are_found_by_key_invite(
-    load: Any, merging: dict[str, Any]
-) -> None:
-    config = WiseConfig(shard_size=1, batch_size=1, iterations=2, **merging, **QUICK)
-    editor = Editor(*load(), config)
-    editor.edit(_of("a c a2"), progress=False)
-    assert [entry["guests"] for entry in editor.ledger] == [[], [], []]
 
 
 @pytest.mark.parametrize(
@@ -384,7 +208,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(
     load: Any, model_dir: Path, tmp_path: Path, shards: dict[str, Any], names: str, cut: int
 ) -> None:
     """SIGKILL after a recorded step, resume, compare with the unbroken run."""
-    told = _of(names)
+    told = edits_of(names)
     config = WiseConfig(batch_size=1, **shards, **QUICK)
     whole = Editor(*load(), config, tmp_path / "whole")
     whole.edit(told, progress=False)
@@ -414,7 +238,7 @@ editor.edit(edits, progress=move)
     editor = Editor(*load(), config, tmp_path / "cut", resume=True)
     editor.edit(told, progress=lambda done, total: trained.append(done))
     assert list(dict.fromkeys(trained)) == list(range(cut, 6))
-    assert _same(tmp_path / "whole", tmp_path / "cut")
+    assert same_files(tmp_path / "whole", tmp_path / "cut")
 
 
 def test_refusals(load: Any, tmp_path: Path) -> None:
