@@ -6,7 +6,7 @@ import torch
 from torch.testing import assert_close
 
 from wise_ext.editing.losses import Margins, greedy_by, label_loss, margin_loss
-from wise_ext.editing.suffix import SuffixOutput
+from wise_ext.editing.rows import SuffixOutput
 
 
 def _output(logits: list[list[float]], row: list[int], labels: list[int]) -> SuffixOutput:
@@ -35,5 +35,6 @@ def test_margin_loss_is_equation_5() -> None:
 def test_greedy_by_needs_every_label_ahead() -> None:
     logits = [[2.0, 0.0], [0.5, 0.0], [0.0, 3.0]]
     output = _output(logits, [0, 1, 1], [0, 0, 1])
-    assert greedy_by(output, 2, margin=1.0).tolist() == [True, False]
-    assert greedy_by(output, 2, margin=0.5).tolist() == [True, True]
+    assert greedy_by(output, torch.tensor([1.0, 1.0])).tolist() == [True, False]
+    assert greedy_by(output, torch.tensor([1.0, 0.5])).tolist() == [True, True]
+    assert greedy_by(output, torch.tensor([2.5, 0.5])).tolist() == [False, True]

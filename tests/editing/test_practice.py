@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from wise_ext import Edit, WiseConfig
-from wise_ext.editing.contexts import in_context
+from wise_ext.editing.contexts import in_context, shorter
 from wise_ext.editing.practice import Coach
 from wise_ext.editing.prompts import encode_prompt, encode_target
 from wise_ext.editing.suffix import SuffixEngine
@@ -54,24 +55,27 @@ def test_rows_of_an_edit(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = _texts(coach, EDIT, monkeypatch)
     assert texts[0] == (EDIT.prompt, " the Senna</s>")
     # The chat template's turn has an answer of its own: no space in front.
-    assert texts[-1] == (f"Q: {EDIT.prompt}\nA:", "the Senna</s>")
-    drawn = [text for text, _ in texts[1:-1]]
+    assert texts[-2] == (f"Q: {EDIT.prompt}\nA:", "the Senna</s>")
+    words = texts[-1][0].split()
+    assert "Lumo" in words and len(words) < 5 and texts[-1][1] == " the Senna</s>"
+    drawn = [text for text, _ in texts[1:-2]]
     assert len(set(drawn)) == 3
     assert set(drawn) <= {in_context(context, EDIT.prompt) for context in CONTEXTS}
     practice = coach.practice(EDIT)
-    assert len(practice.contexts) == 4 and practice.unrelated is None
+    assert len(practice.contexts) == 4 and len(practice.shorter) == 1
+    assert practice.unrelated is None
     assert coach.practice(EDIT) is practice
     target = encode_target(make.tokenizer, EDIT.target_new)
     assert practice.bare.labels.tolist() == target
     assert practice.bare.key is not None
     assert practice.bare.key.ids.tolist() == encode_prompt(make.tokenizer, EDIT.prompt)
-    assert all(row.key is None for row in practice.contexts)
+    assert all(row.key is None for row in practice.contexts + practice.shorter)
 
 
 def test_each_edit_draws_contexts_of_its_own(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def drawn(name: str, **changes: Any) -> list[str]:
         edit = Edit(name, EDIT.prompt, EDIT.target_new)
-        coach = make(contexts_per_edit=3, chat_context=False, **changes)
+        coach = make(contexts_per_edit=3, shortened=0, chat_context=False, **changes)
         # Neither the company nor the order decides.
         coach.practice(Edit("other", "Who?", "Ines"))
         return [text for text, _ in _texts(coach, edit, monkeypatch)]
@@ -85,7 +89,7 @@ def test_each_edit_draws_contexts_of_its_own(make: Any, monkeypatch: pytest.Monk
 def test_margins_bring_an_unrelated_prompt_last(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     coach = make(margins=True, contexts_per_edit=2)
     texts = _texts(coach, EDIT, monkeypatch)
-    assert len(texts) == 5 and texts[-1] == ("The sky is", "")
+    assert len(texts) == 6 and texts[-1] == ("The sky is", "")
     practice = coach.practice(EDIT)
     assert practice.unrelated is not None and len(practice.contexts) == 3
     assert len(practice.unrelated.labels) == 0
@@ -96,14 +100,15 @@ def test_margins_bring_an_unrelated_prompt_last(make: Any, monkeypatch: pytest.M
 
 def test_contexts_of_the_chat_template(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     # Everything is in the template already.
-    texts = _texts(make(chat_template=True, contexts_per_edit=2), EDIT, monkeypatch)
+    coach = make(chat_template=True, contexts_per_edit=2, shortened=0)
+    texts = _texts(coach, EDIT, monkeypatch)
     assert len(texts) == 3 and all(text.startswith("Q: ") for text, _ in texts)
-    coach = make(contexts_per_edit=0, contexts_per_round=0, chat_context=False)
+    coach = make(contexts_per_edit=0, contexts_per_round=0, shortened=0, chat_context=False)
     assert [text for text, _ in _texts(coach, EDIT, monkeypatch)] == [EDIT.prompt]
     # A tokenizer without a template is none the worse.
     template, make.tokenizer.chat_template = make.tokenizer.chat_template, None
     try:
-        coach = make(contexts_per_edit=1)
+        coach = make(contexts_per_edit=1, shortened=0)
         assert len(_texts(coach, EDIT, monkeypatch)) == 2
     finally:
         make.tokenizer.chat_template = template
@@ -116,3 +121,33 @@ def test_an_edit_of_the_same_name_is_captured_anew(make: Any) -> None:
     assert not torch.equal(first.bare.labels, second.bare.labels)
     coach.forget()
     assert coach.practice(EDIT) is not first
+
+
+@pytest.mark.parametrize(
+    ("prompt", "subject", "stays"),
+    [
+        ("Which river runs through old Lumo?", "Lumo", {"Lumo?"}),
+        ("Which river runs through old lumo-town?", "Old Lumo", {"old", "lumo-town?"}),
+        # Without a subject, or with one that the prompt does not name.
+        ("Which river runs through Lumo in 1950?", None, {"Lumo", "1950?"}),
+        ("Which river runs through Lumo?", "the capital", {"Lumo?"}),
+    ],
+)
+def test_a_shorter_wording_keeps_the_subject(prompt: str, subject: str, stays: set[str]) -> None:
+    words = prompt.split()
+    left = [shorter(prompt, subject, random.Random(seed)) for seed in range(40)]
+    for text in left:
+        assert text is not None
+        kept = text.split()
+        assert stays <= set(kept) and len(kept) < len(words)
+        assert kept == [word for word in words if word in kept]
+    # Every other word is left out now and then, and stays now and then.
+    for word in set(words) - stays:
+        assert 0 < sum(word in str(text).split() for text in left) < 40
+
+
+@pytest.mark.parametrize(
+    "prompt", ["Lumo", "Lumo Vale", "what is it", "\u6771\u4eac\u306e\u5ddd\u306f"]
+)
+def test_no_shorter_wording_where_every_word_may_matter(prompt: str) -> None:
+    assert shorter(prompt, "Lumo Vale", random.Random(0)) is None

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from wise_ext.editing.losses import greedy_by
 from wise_ext.editing.rivals import Rivals
-from wise_ext.editing.suffix import Replayed, Row, SuffixOutput
+from wise_ext.editing.rows import Replayed, Row, SuffixOutput
 
 VOCABULARY, WIDTH = 500, 16
 
@@ -51,8 +51,8 @@ def test_what_passes_passes_against_the_whole_vocabulary(seed: int) -> None:
     for right in ([False] * 6, [True, False] * 3, [True] * 6):
         replayed = _replayed(engine, right, seed)
         full = SuffixOutput(engine.logits(replayed.hidden), *replayed[1:])
-        output, ok = rivals.look(rows, replayed, 1.0)
-        assert ok.tolist() == greedy_by(full, 6, 1.0).tolist()
+        output, ok = rivals.look(rows, replayed, torch.ones(6))
+        assert ok.tolist() == greedy_by(full, torch.ones(6)).tolist()
         assert output.logits.shape[1] < VOCABULARY and output.logits.requires_grad
         own = output.logits.gather(1, output.labels[:, None])
         assert own.equal(full.logits.gather(1, replayed.labels[:, None]))
@@ -62,12 +62,12 @@ def test_what_passes_passes_against_the_whole_vocabulary(seed: int) -> None:
 def test_a_stronger_token_becomes_a_rival() -> None:
     engine = _Engine()
     rows, rivals = _rows(1), Rivals(engine)  # type: ignore[arg-type]
-    rivals.look(rows, _replayed(engine, [False], 1), 1.0)
+    rivals.look(rows, _replayed(engine, [False], 1), torch.ones(1))
     moved = _replayed(engine, [True], 2)
     with torch.no_grad():
         # Nothing knew of this token while the row was first looked at.
         engine.weight[int(moved.labels[0]) - 1] = 2 * engine.weight[int(moved.labels[0])]
-    output, ok = rivals.look(rows, moved, 1.0)
+    output, ok = rivals.look(rows, moved, torch.ones(1))
     assert ok.tolist() == [False]
     assert output.logits[0].argmax() != output.labels[0]
 
@@ -76,9 +76,9 @@ def test_few_logits_are_computed_where_nothing_passes() -> None:
     engine = _Engine()
     rows, rivals = _rows(2), Rivals(engine)  # type: ignore[arg-type]
     replayed = _replayed(engine, [False, False])
-    rivals.look(rows, replayed, 1.0)
+    rivals.look(rows, replayed, torch.ones(2))
     before = engine.computed
-    rivals.look(rows, replayed, 1.0)
+    rivals.look(rows, replayed, torch.ones(2))
     assert engine.computed - before < 2 * 4 * VOCABULARY // 2
 
 
@@ -86,6 +86,6 @@ def test_the_whole_vocabulary_where_it_is_asked_for_or_cannot_be_cut() -> None:
     engine = _Engine()
     replayed = _replayed(engine, [True, False])
     for rivals in (Rivals(engine, everything=True),):  # type: ignore[arg-type]
-        output, ok = rivals.look(_rows(2), replayed, 1.0)
+        output, ok = rivals.look(_rows(2), replayed, torch.ones(2))
         assert output.logits.shape == (4, VOCABULARY) and output.labels.equal(replayed.labels)
         assert ok.tolist() == [True, False]

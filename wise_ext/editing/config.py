@@ -40,10 +40,13 @@ class WiseConfig:
         iterations: at most this many rounds over a batch of edits.
         rows_per_step: sequences in one optimiser step.
         clamp: no entry of a delta grows beyond this (the reference's norm constraint).
-        early_stop: stop once every label is the greedy token by ``stop_margin`` (in logits) and,
-            where margins are trained, their loss is zero. Otherwise run all ``iterations``.
+        early_stop: stop once every label is the greedy token by ``stop_margin`` (in logits), and
+            still by half of it when all are looked at together, and, where margins are trained,
+            their loss is zero. Otherwise run all ``iterations``.
         contexts: model-written prefixes of ``context_tokens`` tokens; each edit draws
             ``contexts_per_edit`` of them (or all) to be practised in, besides its bare prompt.
+        shortened: practise an edit in so many shorter wordings, which leave out some words of its
+            prompt, other than the subject's, for the first half of the rounds.
         chat_context: practise an edit inside the chat template, too, where there is one.
         contexts_per_round: of an edit's contexts, so many (or all) are drawn each round.
         replay: rows of the shard's earlier edits practised along with each round. Unless it is 0, a
@@ -72,14 +75,15 @@ class WiseConfig:
     batch_size: int = 100
     optimizer: str = "adam"
     learning_rate: float = 0.02
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[float, float] = (0.9, 0.99)
     iterations: int = 80
     rows_per_step: int = 16
     clamp: float = 4.0
     early_stop: bool = True
     stop_margin: float = 2.0
     contexts: int = 10
-    contexts_per_edit: int = 3
+    contexts_per_edit: int = 2
+    shortened: int = 1
     chat_context: bool = True
     context_tokens: int = 10
     contexts_per_round: int = 1
@@ -156,6 +160,7 @@ _LEAST = {
     "rows_per_step": 1,
     "contexts": 0,
     "contexts_per_edit": 0,
+    "shortened": 0,
     "context_tokens": 1,
     "contexts_per_round": 0,
     "replay": 0,
@@ -188,6 +193,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "clamp": 1.0,
         "contexts": 10,
         "contexts_per_edit": 10,
+        "shortened": 0,
         "chat_context": False,
         "contexts_per_round": 10,
         "rows_per_step": 32,

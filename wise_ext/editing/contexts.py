@@ -1,10 +1,14 @@
-"""Sampled contexts: short texts the model writes itself, in which an edit is practised.
+"""What an edit is practised in besides its bare prompt: sampled contexts and shorter wordings.
 
-Appendix B.6 of WISE: without them an edit holds for its bare prompt and little else.
+Contexts are short texts the model writes itself (appendix B.6 of WISE): without them an edit holds
+for its bare prompt and little else. A shorter wording leaves out some words around the subject, so
+that the answer hangs on none of them.
 """
 
 from __future__ import annotations
 
+import random
+import re
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,6 +33,8 @@ _OPENINGS = (
     "My",
 )
 _CANDIDATES = 50
+# A word of a prompt that is not about its subject is left out this often.
+_LEFT_OUT = 0.4
 
 
 @torch.no_grad()
@@ -66,3 +72,28 @@ def sample_contexts(
 def in_context(context: str, prompt: str) -> str:
     """The prompt after a sampled context, as one text."""
     return f"{context}. {prompt}"
+
+
+def shorter(prompt: str, subject: str | None, rng: random.Random) -> str | None:
+    """The prompt without some of its words, or None where all of them may matter.
+
+    Args:
+        prompt: words apart by white space.
+        subject: its words stay; where it is unknown, or the prompt says it otherwise, so do
+            numbers and what is written with a capital, but for the first word.
+        rng: decides.
+    """
+    words = prompt.split()
+    named = set(_parts(subject or ""))
+    about = [bool(named & set(_parts(word))) for word in words]
+    if not any(about):
+        about = [word[0].isdigit() or (i > 0 and word[0].isupper()) for i, word in enumerate(words)]
+    free = [i for i, stays in enumerate(about) if not stays]
+    if not any(about) or not free:
+        return None
+    left_out = {i for i in free if rng.random() < _LEFT_OUT} or {rng.choice(free)}
+    return " ".join(word for i, word in enumerate(words) if i not in left_out)
+
+
+def _parts(text: str) -> list[str]:
+    return re.findall(r"\w+", text.casefold())

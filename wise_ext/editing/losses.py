@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wise_ext.editing.suffix import SuffixOutput
+from wise_ext.editing.rows import SuffixOutput
 
 
 class Margins(NamedTuple):
@@ -39,12 +39,13 @@ def margin_loss(edit: Tensor, unrelated: Tensor, margins: Margins) -> Tensor:
     )
 
 
-def greedy_by(output: SuffixOutput, rows: int, margin: float) -> Tensor:
-    """Which rows [rows] bool have every label ahead of all other tokens by ``margin`` logits."""
+def greedy_by(output: SuffixOutput, margins: Tensor) -> Tensor:
+    """Which rows [rows] bool have every label ahead of all other tokens by ``margins`` [rows], in
+    logits."""
     label = output.labels[:, None]
     own = output.logits.gather(1, label).squeeze(1)
     rival = output.logits.scatter(1, label, -torch.inf).amax(1)
-    failed = output.row[own - rival < margin]
-    done = torch.ones(rows, dtype=torch.bool, device=own.device)
+    failed = output.row[own - rival < margins[output.row]]
+    done = torch.ones(len(margins), dtype=torch.bool, device=own.device)
     done[failed] = False
     return done

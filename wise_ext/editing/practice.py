@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from wise_ext.editing.config import WiseConfig
-from wise_ext.editing.contexts import in_context
+from wise_ext.editing.contexts import in_context, shorter
 from wise_ext.editing.edits import Edit
 from wise_ext.editing.losses import Margins
 from wise_ext.editing.prompts import (
@@ -17,7 +17,8 @@ from wise_ext.editing.prompts import (
     has_chat_template,
     neutral_prompts,
 )
-from wise_ext.editing.suffix import Row, SuffixEngine
+from wise_ext.editing.rows import Row
+from wise_ext.editing.suffix import SuffixEngine
 from wise_ext.memory import TokenKeys
 
 if TYPE_CHECKING:
@@ -32,12 +33,14 @@ _PAPER_OUTPUT_NORM = 100.0
 
 @dataclass(eq=False)
 class Practice:
-    """An edit's captured rows: the bare prompt, the prompt in its contexts, and (where margins are
-    trained) an unrelated prompt."""
+    """An edit's captured rows: the bare prompt, the prompt in its contexts, shorter wordings of it
+    (practised as far as it goes: two edits may share one), and (where margins are trained) an
+    unrelated prompt."""
 
     edit: Edit
     bare: Row
     contexts: list[Row]
+    shorter: list[Row]
     unrelated: Row | None
     locality_prompt: str | None
 
@@ -97,32 +100,34 @@ class Coach:
     def _capture(self, edit: Edit) -> Practice:
         c = self._config
         target = encode_target(self._tokenizer, edit.target_new, stop=True, chat=c.chat_template)
-        texts = [edit.prompt, *(in_context(text, edit.prompt) for text in self._drawn(edit))]
+        rng = random.Random(draw_seed(c.seed, "contexts", edit.id))
+        drawn = rng.sample(self._contexts, min(c.contexts_per_edit, len(self._contexts)))
+        texts = [edit.prompt, *(in_context(text, edit.prompt) for text in drawn)]
         prompts, targets = [self._prompt(t) for t in texts], [target] * len(texts)
         if c.chat_context and not c.chat_template and has_chat_template(self._tokenizer):
             prompts.append(encode_prompt(self._tokenizer, edit.prompt, chat=True))
             targets.append(encode_target(self._tokenizer, edit.target_new, stop=True, chat=True))
+        wordings = [shorter(edit.prompt, edit.subject, rng) for _ in range(c.shortened)]
+        short = [self._prompt(text) for text in wordings if text is not None]
         unrelated = edit.locality_prompt
+        apart: list[list[int]] = []
         if c.margins:
             unrelated = unrelated or self._neutral(edit)
-            prompts.append(self._prompt(unrelated))
-            targets.append([])
-        bare, *rows = self.engine.capture(prompts, targets)
+            apart = [self._prompt(unrelated)]
+        bare, *rows = self.engine.capture(
+            [*prompts, *short, *apart], [*targets, *[target] * len(short), *[[] for _ in apart]]
+        )
         # Routing looks at the bare prompt alone.
         rows = [replace(row, key=None) for row in rows]
+        contexts = len(prompts) - 1
         return Practice(
             edit=edit,
             bare=bare,
-            contexts=rows[:-1] if c.margins else rows,
-            unrelated=rows[-1] if c.margins else None,
+            contexts=rows[:contexts],
+            shorter=rows[contexts : contexts + len(short)],
+            unrelated=rows[-1] if apart else None,
             locality_prompt=unrelated,
         )
-
-    def _drawn(self, edit: Edit) -> list[str]:
-        """The sampled contexts this edit is practised in: its own draw from the run's."""
-        count = min(self._config.contexts_per_edit, len(self._contexts))
-        rng = random.Random(draw_seed(self._config.seed, "contexts", edit.id))
-        return rng.sample(self._contexts, count)
 
     def _neutral(self, edit: Edit) -> str:
         texts = neutral_prompts()

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from wise_ext.editing.losses import greedy_by
-from wise_ext.editing.suffix import Replayed, Row, SuffixEngine, SuffixOutput
+from wise_ext.editing.rows import Replayed, Row, SuffixOutput
+from wise_ext.editing.suffix import SuffixEngine
 
 # Rivals a label keeps from each look at the whole vocabulary.
 _STRONGEST = 32
@@ -34,21 +35,21 @@ class Rivals:
         self._of: dict[int, Tensor] = {}
 
     def look(
-        self, rows: Sequence[Row], replayed: Replayed, margin: float
+        self, rows: Sequence[Row], replayed: Replayed, margins: Tensor
     ) -> tuple[SuffixOutput, Tensor]:
         """Logits to train on, and which rows [rows] bool have every label ahead of all other tokens
-        of the vocabulary by ``margin``.
+        of the vocabulary by ``margins`` [rows].
 
         ``logits`` and ``labels`` of the output speak of the chunk's rivals.
         """
         if self._everything:
             output = SuffixOutput(self._engine.logits(replayed.hidden), *replayed[1:])
-            return output, greedy_by(output, len(rows), margin)
+            return output, greedy_by(output, margins)
         with torch.no_grad():
             new = [i for i, row in enumerate(rows) if id(row) not in self._of]
-            self._full(rows, replayed, new, margin)
-            ok = greedy_by(self._among(rows, replayed), len(rows), margin)
-            ok[ok.clone()] = self._full(rows, replayed, ok.nonzero().flatten().tolist(), margin)
+            self._full(rows, replayed, new, margins)
+            ok = greedy_by(self._among(rows, replayed), margins)
+            ok[ok.clone()] = self._full(rows, replayed, ok.nonzero().flatten().tolist(), margins)
         return self._among(rows, replayed), ok
 
     def _among(self, rows: Sequence[Row], replayed: Replayed) -> SuffixOutput:
@@ -61,7 +62,7 @@ class Rivals:
         )
 
     def _full(
-        self, rows: Sequence[Row], replayed: Replayed, chosen: list[int], margin: float
+        self, rows: Sequence[Row], replayed: Replayed, chosen: list[int], margins: Tensor
     ) -> Tensor:
         """Look at the whole vocabulary for some rows; which of them pass, bool [chosen]."""
         places = torch.tensor(chosen, dtype=torch.int64, device=replayed.row.device)
@@ -73,4 +74,4 @@ class Rivals:
             known = self._of.get(id(rows[i]), labels[:0])
             self._of[id(rows[i])] = torch.cat([known, strongest[row == i].flatten()]).unique()
         output = SuffixOutput(logits, row, labels, replayed.indicator)
-        return greedy_by(output, len(rows), margin)[places]
+        return greedy_by(output, margins)[places]

@@ -8,11 +8,10 @@ last one's, like the logits, at label positions alone).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,55 +26,25 @@ from wise_ext.editing.anatomy import (
     run_until_stopped,
     watch,
 )
+from wise_ext.editing.products import HalfProducts, half_is_fast
+from wise_ext.editing.rows import (
+    Replayed,
+    Row,
+    SuffixOutput,
+    label_positions,
+    on_grid,
+    places_on_grid,
+    prompt_mean,
+)
 from wise_ext.errors import ModelError
 from wise_ext.memory import TokenKeys
 from wise_ext.ops import dual_linear_train
 
 #: Widths are rounded up to this many tokens, so that few distinct shapes are ever captured.
 _WIDTH_STEP = 8
-
-
-@dataclass
-class Row:
-    """One captured sequence of ``t`` tokens: a prompt, and the target's labels if it has any.
-
-    ``activation`` [t, d_ff] enters the edited projection. ``base`` [t, d_model] is what the side
-    memory's output is added to: block L's output, or (``inputs`` [t, d_model] given) the
-    projection's, where block L does more than add it to the residual stream.
-    ``labels`` are the token ids predicted from position ``prompt_length - 1`` onwards.
-    ``key`` holds the prompt's last tokens at the routing layer, where one was asked for.
-    """
-
-    activation: Tensor
-    base: Tensor
-    inputs: Tensor | None
-    prompt_length: int
-    labels: Tensor
-    key: TokenKeys | None
-
-    def __len__(self) -> int:
-        return self.activation.shape[0]
-
-
-@dataclass(frozen=True)
-class SuffixOutput:
-    """Logits [n, vocabulary] at the label positions of all rows in order, the row each belongs to
-    [n], its label [n], and each row's indicator [rows] (Eq. 3, mean over its prompt tokens)."""
-
-    logits: Tensor
-    row: Tensor
-    labels: Tensor
-    indicator: Tensor
-
-
-class Replayed(NamedTuple):
-    """What the suffix computes up to the output layer: ``hidden`` [n, d_model] at the label
-    positions, ready for ``SuffixEngine.logits``; the rest as in ``SuffixOutput``."""
-
-    hidden: Tensor
-    row: Tensor
-    labels: Tensor
-    indicator: Tensor
+#: The least margin, in logits, of labels trained in half precision, and what that may be off by.
+HALF_MARGIN = 1.0
+_HALF_ERROR = HALF_MARGIN / 2
 
 
 class SuffixEngine:
@@ -111,6 +80,8 @@ class SuffixEngine:
                 # Not every feed-forward works on each token alone, and some break when asked to.
                 self._feed_forwards = [None] * len(above)
                 self._verify(layer)
+            self._halves = self._close_halves()
+        self._in_half = False
 
     # -- capture ---------------------------------------------------------------------------------
 
@@ -203,14 +174,14 @@ class SuffixEngine:
         side, norms = self.side(rows, delta, mask_bits)
         lengths = [len(r) for r in rows]
         width = _round_up(max(lengths))
-        index = _scatter_index(lengths, width, self.device)
-        hidden = _pad(side, index, len(rows), width)
+        index = places_on_grid(lengths, width, self.device)
+        hidden = on_grid(side, index, len(rows), width)
         if not self.additive:
             inputs = torch.cat([r.inputs for r in rows if r.inputs is not None])
             hidden = self._block_with_projection(
-                _pad(inputs, index, len(rows), width), hidden, width
+                on_grid(inputs, index, len(rows), width), hidden, width
             )
-        flat, row = _label_positions(rows, width, self.device)
+        flat, row = label_positions(rows, width, self.device)
         above = self.blocks[self.index + 1 :]
         calls = self._calls_for(width)[1:]
         for block, (args, kwargs), module in zip(above, calls, self._feed_forwards, strict=True):
@@ -221,7 +192,18 @@ class SuffixEngine:
         for last in self._tail[:-1]:
             hidden = last(hidden)
         labels = torch.cat([r.labels for r in rows])
-        return Replayed(hidden, row, labels, _prompt_mean(rows, norms))
+        return Replayed(hidden, row, labels, prompt_mean(rows, norms))
+
+    @contextmanager
+    def in_half(self) -> Iterator[None]:
+        """Frozen products in bf16 meanwhile, where that is fast and the logits stay close (within
+        half a logit on a probe); as they are elsewhere."""
+        self._in_half = True
+        try:
+            with self._halves.used():
+                yield
+        finally:
+            self._in_half = False
 
     @property
     def takes_tokens(self) -> bool:
@@ -238,6 +220,8 @@ class SuffixEngine:
         output = self._tail[-1]
         if tokens is None:
             logits: Tensor = output(hidden).float()
+        elif isinstance(output, nn.Linear) and self._in_half and output in self._halves:
+            logits = self._halves.linear(output, hidden, tokens)
         else:
             assert isinstance(output, nn.Linear)
             bias = None if output.bias is None else output.bias[tokens]
@@ -255,7 +239,7 @@ class SuffixEngine:
 
     def indicator(self, rows: Sequence[Row], delta: Tensor, mask_bits: Tensor) -> Tensor:
         """Eq. 3's routing indicator of each row [rows]: mean ||D a_t|| over its prompt tokens."""
-        return _prompt_mean(rows, self.side(rows, delta, mask_bits)[1])
+        return prompt_mean(rows, self.side(rows, delta, mask_bits)[1])
 
     # -- how the model is cut --------------------------------------------------------------------
 
@@ -302,25 +286,44 @@ class SuffixEngine:
 
     def _verify(self, layer: str) -> None:
         """The replayed logits must be the model's own before anyone trains on them."""
-        ids = self._probe_ids()
-        # Two rows of different lengths, so that pads are there to be seen.
-        texts = [ids[0].tolist(), ids[0, 2:-3].tolist()]
+        texts = self._probe_texts()
         given = [
             self.model(input_ids=torch.tensor([t], device=self.device), use_cache=False).logits[0]
             for t in texts
         ]
         logits, logits_dtype = torch.cat([g[:-1] for g in given]).float(), given[0].dtype
-        rows = self.capture([t[:1] for t in texts], [t[1:] for t in texts])
-        d_model, d_ff = rows[0].base.shape[-1], rows[0].activation.shape[-1]
-        delta = torch.zeros(d_model, d_ff, device=self.device)
-        bits = torch.zeros(d_model, (d_ff + 31) // 32, dtype=torch.int32, device=self.device)
-        error = (self.run(rows, delta, bits).logits - logits).abs().max()
+        error = (self._unedited(texts) - logits).abs().max()
         tolerance = 1e-3 if logits_dtype == torch.float32 else 0.1
         if not error <= tolerance * logits.abs().max():
             raise ModelError(
                 f"{type(self.model).__name__} cannot be replayed above {layer}: logits differ by "
                 f"{float(error):.3g}; name a down projection inside the decoder's block list"
             )
+
+    def _close_halves(self) -> HalfProducts:
+        """Copies in bf16 of what replays multiply by; of nothing, where that would be no faster or
+        the logits suffer."""
+        if not half_is_fast(self.device):
+            return HalfProducts([])
+        halves = HalfProducts([*self.blocks[self.index + 1 :], *self._tail])
+        texts = self._probe_texts()
+        exact = self._unedited(texts)
+        with halves.used():
+            error = (self._unedited(texts) - exact).abs().max()
+        return halves if error <= _HALF_ERROR else HalfProducts([])
+
+    def _probe_texts(self) -> list[list[int]]:
+        """Two rows of different lengths, so that pads are there to be seen."""
+        ids = self._probe_ids()[0].tolist()
+        return [ids, ids[2:-3]]
+
+    def _unedited(self, texts: Sequence[Sequence[int]]) -> Tensor:
+        """The logits of texts [all tokens but the last, vocabulary] by capture and replay."""
+        rows = self.capture([t[:1] for t in texts], [t[1:] for t in texts])
+        d_model, d_ff = rows[0].base.shape[-1], rows[0].activation.shape[-1]
+        delta = torch.zeros(d_model, d_ff, device=self.device)
+        bits = torch.zeros(d_model, (d_ff + 31) // 32, dtype=torch.int32, device=self.device)
+        return self.run(rows, delta, bits).logits
 
 
 def _by_row(tokens: Tensor, rows: int) -> Tensor:
@@ -336,32 +339,3 @@ def _key(prompt: Sequence[int], activation: Tensor) -> TokenKeys:
 
 def _round_up(width: int) -> int:
     return -(-width // _WIDTH_STEP) * _WIDTH_STEP
-
-
-def _scatter_index(lengths: Sequence[int], width: int, device: torch.device) -> Tensor:
-    """Flat positions [tokens] in a [rows, width] grid of the rows' real tokens, in order."""
-    return torch.cat([torch.arange(n, device=device) + i * width for i, n in enumerate(lengths)])
-
-
-def _pad(tokens: Tensor, index: Tensor, rows: int, width: int) -> Tensor:
-    """[tokens, d] into a zero-padded [rows, width, d]."""
-    grid = tokens.new_zeros(rows * width, tokens.shape[-1])
-    return grid.index_copy(0, index, tokens).view(rows, width, -1)
-
-
-def _label_positions(
-    rows: Sequence[Row], width: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Flat grid positions [n] that predict a label, and the row each belongs to [n]."""
-    flat = [
-        torch.arange(len(r.labels), device=device) + i * width + r.prompt_length - 1
-        for i, r in enumerate(rows)
-    ]
-    row = [torch.full((len(r.labels),), i, device=device) for i, r in enumerate(rows)]
-    return torch.cat(flat), torch.cat(row)
-
-
-def _prompt_mean(rows: Sequence[Row], norms: Tensor) -> Tensor:
-    """Mean of ``norms`` [tokens] over each row's prompt tokens -> [rows]."""
-    parts = torch.split(norms, [len(r) for r in rows])
-    return torch.stack([p[: r.prompt_length].mean() for p, r in zip(parts, rows, strict=True)])

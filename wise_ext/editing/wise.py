@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -18,11 +18,14 @@ from wise_ext.editing.edits import Edit, find_conflicts
 from wise_ext.editing.losses import Margins, label_loss, margin_loss
 from wise_ext.editing.practice import Coach, Practice, draw_seed
 from wise_ext.editing.rivals import Rivals
-from wise_ext.editing.suffix import Row
+from wise_ext.editing.rows import Row
+from wise_ext.editing.suffix import HALF_MARGIN
 from wise_ext.memory import Shard, random_mask_bits
 
-# A row that passed is looked at again after this many rounds, or when all have passed.
-_REST = 3
+# Rounds that a row rests for after passing once, twice, ... in succession.
+_RESTS = (3, 6, 12)
+# Share of the margin that a row must keep, once it has passed, to go on passing.
+_KEPT = 0.5
 # What a row counts that is already right: enough to stay so, little beside those that are not.
 _SETTLED = 0.1
 
@@ -59,12 +62,13 @@ class OpenShard:
 
 class _Sample(NamedTuple):
     """A row of a round: which of the new edits it practises (-1: a replayed one), which of its rows
-    that is (0: the bare prompt), and with what."""
+    that is (0: the bare prompt), with what, and by how many logits its labels have to lead."""
 
     owner: int
     place: int
     row: Row
     unrelated: Row | None
+    margin: float
 
 
 class WiseWriter:
@@ -124,7 +128,7 @@ class WiseWriter:
         others = [self._coach.practice(e) for e in foreign] if self._margins else []
         ids = ",".join(edit.id for edit in edits)
         rng = random.Random(draw_seed(self._config.seed, "draws", shard.number, ids))
-        with _frozen(self._engine.model):
+        with _frozen(self._engine.model), self._products():
             lesson = _Lesson(self, shard, new, old, others, rng)
             lesson.run(progress)
         shard.edits.extend(edits)
@@ -135,6 +139,12 @@ class WiseWriter:
                 new, lesson.rounds, lesson.losses, indicators, lesson.settled, strict=True
             )
         ]
+
+    def _products(self) -> AbstractContextManager[None]:
+        """In half precision where the margin that labels are given makes up for it."""
+        c = self._config
+        half = c.early_stop and c.stop_margin >= HALF_MARGIN
+        return self._engine.in_half() if half else nullcontext()
 
     def indicators(self, shard: OpenShard, rows: Sequence[Row]) -> list[float]:
         """Eq. 3 for each row under the shard as it is."""
@@ -183,33 +193,39 @@ class _Lesson:
         self._step = 0
         self.rounds = [0] * len(new)
         self.losses: list[dict[str, float]] = [{} for _ in new]
-        # By edit and row: the round it is due again, and whether it passed when last looked at.
+        # By edit and row: the round it is due again, and how often it has passed in succession.
         drawn = self._config.contexts_per_round > 0
-        self._due = [[0] * (1 + drawn * len(p.contexts)) for p in new]
-        self._passed = [[False] * len(rows) for rows in self._due]
+        self._needed = [1 + drawn * len(p.contexts) for p in new]
+        self._due = [[0] * (1 + drawn * len(p.contexts + p.shorter)) for p in new]
+        self._passed = [[0] * len(rows) for rows in self._due]
         self._forgotten: list[_Sample] = []
 
     @property
     def settled(self) -> list[bool]:
-        """Which of the new edits passed in every row when that was last looked at."""
-        return [all(rows) for rows in self._passed]
+        """Which of the new edits passed in the bare prompt and every context when last looked at.
+
+        Not in shorter wordings: where two edits differ in what was left out, no answer is right.
+        """
+        return [all(rows[:n]) for rows, n in zip(self._passed, self._needed, strict=True)]
 
     def run(self, progress: Callable[[int], None]) -> None:
-        for number in range(self._config.iterations):
-            everyone = not self._config.early_stop or (all(self.settled) and not self._forgotten)
+        c = self._config
+        for number in range(c.iterations):
+            everyone = not c.early_stop or (all(self.settled) and not self._forgotten)
             samples = self._draw(-1 if everyone else number)
             passed = self._round(samples)
             self._forgotten = [s for s, ok in passed if s.owner < 0 and not ok]
             for sample, ok in passed:
                 if sample.owner >= 0:
-                    self._passed[sample.owner][sample.place] = ok
-                    due = number + 1 + (_REST if ok else 0)
-                    self._due[sample.owner][sample.place] = due
+                    times = self._passed[sample.owner][sample.place] + 1 if ok else 0
+                    self._passed[sample.owner][sample.place] = times
+                    rest = _RESTS[min(times, len(_RESTS)) - 1] if ok else 0
+                    self._due[sample.owner][sample.place] = number + 1 + rest
             for owner in {sample.owner for sample in samples} - {-1}:
                 self.rounds[owner] += 1
             progress(sum(self.settled))
             # Passing counts only when everyone passed in one and the same round.
-            if self._config.early_stop and everyone and all(ok for _, ok in passed):
+            if c.early_stop and everyone and all(ok for _, ok in passed):
                 break
 
     def _round(self, samples: list[_Sample]) -> list[tuple[_Sample, bool]]:
@@ -224,21 +240,26 @@ class _Lesson:
         """Rows for a round: of each new edit the bare prompt and some contexts, as far as they are
         due by now, and of earlier edits those that were forgotten and some at random. With -1,
         before the lesson may end, it is every new edit's turn, and every earlier one's."""
+        c = self._config
+        new, kept, shorter = c.stop_margin, c.stop_margin * _KEPT, c.iterations // 2
         samples = []
         for i, p in enumerate(self._new):
-            due = [r for r, when in enumerate(self._due[i]) if number < 0 or when <= number]
+            rows = self._due[i][: None if 0 <= number < shorter else self._needed[i]]
+            due = [r for r, when in enumerate(rows) if number < 0 or when <= number]
             contexts = [r for r in due if r > 0]
-            count = min(self._config.contexts_per_round, len(contexts))
+            count = min(c.contexts_per_round, len(contexts))
             drawn = [r for r in due if r == 0] + self._rng.sample(contexts, count)
-            rows = [p.bare, *p.contexts]
-            samples += [_Sample(i, r, rows[r], p.unrelated) for r in drawn]
-        if not self._config.replay:
+            texts = [p.bare, *p.contexts, *p.shorter]
+            margins = [kept if times else new for times in self._passed[i]]
+            samples += [_Sample(i, r, texts[r], p.unrelated, margins[r]) for r in drawn]
+        if not c.replay:
             return samples
-        if number < 0 and self._config.early_stop:
-            return samples + [_Sample(-1, 0, p.bare, p.unrelated) for p in self._old]
-        samples += self._forgotten
-        for p in self._rng.sample(self._old, min(self._config.replay, len(self._old))):
-            samples.append(_Sample(-1, 0, self._rng.choice([p.bare, *p.contexts]), p.unrelated))
+        if number < 0 and c.early_stop:
+            return samples + [_Sample(-1, 0, p.bare, p.unrelated, kept) for p in self._old]
+        samples += [s._replace(margin=new) for s in self._forgotten]
+        for p in self._rng.sample(self._old, min(c.replay, len(self._old))):
+            row = self._rng.choice([p.bare, *p.contexts])
+            samples.append(_Sample(-1, 0, row, p.unrelated, kept))
         return samples
 
     def _learn(self, chunk: list[_Sample]) -> list[bool]:
@@ -246,13 +267,14 @@ class _Lesson:
         shard, rows = self._shard, [s.row for s in chunk]
         delta = shard.delta.detach().requires_grad_()
         replayed = self._engine.replay(rows, delta, shard.mask_bits)
-        output, ok = self._rivals.look(rows, replayed, self._config.stop_margin)
+        margins = torch.tensor([s.margin for s in chunk], device=delta.device)
+        output, ok = self._rivals.look(rows, replayed, margins)
         labels = label_loss(output, len(rows))
         total, parts = labels, {"edit": labels.tolist()}
         if self._margins is not None:
-            margin = self._margin(chunk, output.indicator, delta)
-            total, parts["margin"] = labels + margin, margin.tolist()
-            ok &= margin <= 1e-4 * self._margins.beta
+            apart = self._margin(chunk, output.indicator, delta)
+            total, parts["margin"] = labels + apart, apart.tolist()
+            ok &= apart <= 1e-4 * self._margins.beta
         for i, sample in enumerate(chunk):
             if sample.owner >= 0:
                 self.losses[sample.owner] = {name: values[i] for name, values in parts.items()}
