@@ -167,7 +167,10 @@ class Run:
                 scored += part["rows"]
                 cpu += part["cpu"]
         costs = self._costs(t) | {"cpu_seconds_score": cpu / max(len(kept), 1)}
-        return self._row(editor, t, summarise(scored), len(superseded), costs)
+        report = summarise(scored)
+        apart = data.undisputed(edits)
+        report["undisputed"] = summarise([row for row in scored if row["id"] in apart])
+        return self._row(editor, t, report, len(superseded), costs)
 
     def _costs(self, t: int) -> dict[str, float]:
         before = max((c for c in self.checkpoints if c < t), default=0)
@@ -208,6 +211,7 @@ class Run:
             "routing": report["routing"],
             "unedited": report["unedited"] if self.wanted.unedited else None,
             "target_perplexity": report.get("target_perplexity"),
+            "undisputed": _undisputed(report["undisputed"]),
             **costs,
             "iterations": sum(entry["iterations"] for entry in trained) / max(len(trained), 1),
             "unconverged": sum(not entry["converged"] for entry in trained),
@@ -261,6 +265,16 @@ def _wanted(options: argparse.Namespace, config: WiseConfig) -> Wanted:
 def _changed(config: WiseConfig) -> dict[str, Any]:
     plain = WiseConfig().to_dict()
     return {name: value for name, value in config.to_dict().items() if value != plain[name]}
+
+
+def _undisputed(report: dict[str, Any]) -> dict[str, Any]:
+    generation = report["generation"]
+    return {
+        "n": report["n"],
+        "rel": report["reliability"],
+        "gen": report["generalization"],
+        "generation": {name: generation[name] for name in ("reliability", "generalization")},
+    }
 
 
 def _rounded(value: Any) -> Any:

@@ -138,3 +138,22 @@ def _without_repeats(groups: Sequence[Sequence[Edit]]) -> tuple[list[list[Edit]]
             else:
                 dropped["repeated" if first[prompt] == target else "conflicting"] += 1
     return kept, dropped
+
+
+def undisputed(edits: Sequence[Edit]) -> set[str]:
+    """The ids of edits whose subject no other edit answers differently.
+
+    The data sets ask some questions twice, in other words and with another answer, and no editor
+    can give both to a rephrasing of either. An edit without a subject is its own.
+    """
+    answers: dict[str, set[str]] = {}
+    for edit in edits:
+        if edit.subject:
+            answers.setdefault(_folded(edit.subject), set()).add(_folded(edit.target_new))
+    return {
+        edit.id for edit in edits if not edit.subject or len(answers[_folded(edit.subject)]) == 1
+    }
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.casefold().split())

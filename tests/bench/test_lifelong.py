@@ -17,7 +17,7 @@ import pytest
 from bench import lifelong, lifelong_data
 from bench.lifelong_state import Call, RunState, append_line, publish, read_lines
 from bench.rows import ROOT
-from wise_ext.editing.edits import demo_edits
+from wise_ext.editing.edits import Edit, demo_edits
 from wise_ext.errors import DataError, StorageError
 
 #: what a run costs and where it ran may differ between two runs of one command
@@ -87,6 +87,7 @@ def test_rows(arguments: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert [row["T"] for row in rows] == [3, 6, 12, 13]
     for row in rows:
         assert row["n"] == row["T"] and row["superseded"] == row["conflicts"] == 0
+        assert row["undisputed"]["n"] == row["T"] and row["undisputed"]["gen"] == row["gen"]
         assert 0 <= row["rel"] <= 1 and row["routing"]["right_shard"] is not None
         assert row["settings"]["layer"] == 2 and "mask_ratio" not in row["settings"]
         assert row["dropped"] == {"conflicting": 1, "repeated": 1}
@@ -328,3 +329,19 @@ def test_lines_cut_short_go(tmp_path: Path) -> None:
 def test_results_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"cannot add a line to .*: make it writable"):
         publish(tmp_path, {"run": "a", "T": 1})
+
+
+def test_undisputed_edits() -> None:
+    def edit(name: str, subject: str | None, target: str) -> Edit:
+        return Edit(name, f"prompt {name}", target, subject)
+
+    edits = [
+        edit("a", "Lumo", "Ines"),
+        edit("b", " lumo ", "Orla"),
+        edit("c", "Vale", "Ines"),
+        edit("d", "vale", "ines "),
+        edit("e", None, "Ines"),
+        edit("f", None, "Orla"),
+    ]
+    assert lifelong_data.undisputed(edits) == {"c", "d", "e", "f"}
+    assert lifelong_data.undisputed(edits[1:]) == {"b", "c", "d", "e", "f"}

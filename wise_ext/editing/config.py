@@ -46,7 +46,7 @@ class WiseConfig:
         contexts: model-written prefixes of ``context_tokens`` tokens; each edit draws
             ``contexts_per_edit`` of them (or all) to be practised in, besides its bare prompt.
         shortened: practise an edit in so many shorter wordings, which leave out some words of its
-            prompt, other than the subject's, for the first half of the rounds.
+            prompt, other than the subject's, for the first quarter of the rounds.
         chat_context: practise an edit inside the chat template, too, where there is one.
         contexts_per_round: of an edit's contexts, so many (or all) are drawn each round.
         replay: rows of the shard's earlier edits practised along with each round. Unless it is 0, a
@@ -76,7 +76,7 @@ class WiseConfig:
     optimizer: str = "adam"
     learning_rate: float = 0.02
     betas: tuple[float, float] = (0.9, 0.99)
-    iterations: int = 80
+    iterations: int = 160
     rows_per_step: int = 16
     clamp: float = 4.0
     early_stop: bool = True

@@ -26,6 +26,8 @@ from wise_ext.memory import Shard, random_mask_bits
 _RESTS = (3, 6, 12)
 # Share of the margin that a row must keep, once it has passed, to go on passing.
 _KEPT = 0.5
+# Share of the rounds in which shorter wordings are practised.
+_SHORTER = 0.25
 # What a row counts that is already right: enough to stay so, little beside those that are not.
 _SETTLED = 0.1
 
@@ -241,10 +243,11 @@ class _Lesson:
         due by now, and of earlier edits those that were forgotten and some at random. With -1,
         before the lesson may end, it is every new edit's turn, and every earlier one's."""
         c = self._config
-        new, kept, shorter = c.stop_margin, c.stop_margin * _KEPT, c.iterations // 2
+        new, kept = c.stop_margin, c.stop_margin * _KEPT
+        everything = 0 <= number < c.iterations * _SHORTER
         samples = []
         for i, p in enumerate(self._new):
-            rows = self._due[i][: None if 0 <= number < shorter else self._needed[i]]
+            rows = self._due[i] if everything else self._due[i][: self._needed[i]]
             due = [r for r, when in enumerate(rows) if number < 0 or when <= number]
             contexts = [r for r in due if r > 0]
             count = min(c.contexts_per_round, len(contexts))
