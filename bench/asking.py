@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bench import asked as prompts
 from bench import rows as bench_rows
 from bench.addressed import key_only_memory
 from bench.asked import Asked, Neutral
 from bench.asker import Asker, Found, elsewhere_rows, kind_rows
+from bench.progress import case_progress
 from wise_ext import models
 from wise_ext.cli import console
 from wise_ext.editing.config import WiseConfig
@@ -201,7 +201,7 @@ def measure(plan: Plan, details: Path | None = None) -> Iterator[bench_rows.Row]
         "settings": plan.config.to_dict(),
         "machine": origin,
     }
-    with _progress() as progress:
+    with case_progress() as progress:
         task = progress.add_task("", total=len(asked) + len(plan.texts))
         for kind in dict.fromkeys(a.kind for a in asked):
             progress.update(task, description=kind)
@@ -308,19 +308,6 @@ def _lines(row: bench_rows.Row) -> Iterator[tuple[str | None, ...]]:
 
 def _share(value: float | None) -> str | None:
     return None if value is None else f"{value:.3f}"
-
-
-def _progress() -> Progress:
-    from rich.console import Console
-
-    return Progress(
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-        console=Console(stderr=True),
-        transient=True,
-    )
 
 
 if __name__ == "__main__":

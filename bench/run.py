@@ -10,10 +10,10 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bench import cases, options, registry, runner
 from bench import rows as bench_rows
+from bench.progress import case_progress
 from wise_ext.cli import console
 
 COLUMNS = ("case", "provider", "p20", "p50", "p80 µs", "GB/s", "TFLOP/s", "roofline", "clock")
@@ -69,7 +69,7 @@ def _measure(
     dtypes = {plan.case.dtype for plan in plans if plan.case.shape != cases.DISPATCH_SHAPE}
     roof = bench_rows.Roofline(device, dtypes) if dtypes else None
     failures, shown = [], []
-    with _progress() as progress:
+    with case_progress() as progress:
         task = progress.add_task("", total=len(plans))
         for plan in plans:
             progress.update(task, description=plan.case.label)
@@ -93,19 +93,6 @@ def _line(row: bench_rows.Row) -> tuple[str | None, ...]:
     share = None if row["roofline_share"] is None else f"{row['roofline_share']:.0%}"
     rates = f"{row['gbps']:.2f}", f"{row['tflops']:.3f}"
     return (case.label, row["provider"], *times, *rates, share, row["clock"])
-
-
-def _progress() -> Progress:
-    from rich.console import Console
-
-    return Progress(
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-        console=Console(stderr=True),
-        transient=True,
-    )
 
 
 if __name__ == "__main__":

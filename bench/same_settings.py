@@ -15,8 +15,8 @@ shares with the engine how a model is cut (`wise_ext.editing.anatomy`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wise_ext.editing.anatomy import blocks_around, first, is_additive, modules_after, watch
+from wise_ext.editing.anatomy import (
+    blocks_around,
+    feed_forwards,
+    first,
+    is_additive,
+    modules_after,
+    only_at,
+    watch,
+)
 
 IGNORED = -100
 # The peer has it in its code, not in its hyperparameters.
@@ -108,7 +116,7 @@ class Replay:
             if not is_additive(model, blocks[index], projection, ids[:1]):
                 raise Unsuited(f"the block of '{layer}' does more with its output than add it")
         self._above = blocks[index + 1 :]
-        self._feed_forward = _feed_forward(layer, self._above)
+        self._feed_forwards = feed_forwards(layer, self._above)
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self._capture(model, blocks[index], projection, batch)
         self._find_labels(batch["labels"])
@@ -171,11 +179,10 @@ class Replay:
     def logits(self, output: Tensor) -> Tensor:
         """Logits [n, vocabulary] at the labels, for the projection's output [rows, width, d]."""
         hidden = self._residual + output[:-1]
-        with ExitStack() as stack:
-            for module in self._feed_forward:
-                last = module is self._feed_forward[-1]
-                stack.enter_context(_only_at(module, self.positions if last else self._real))
-            for block, (args, kwargs) in zip(self._above, self._calls, strict=True):
+        above = zip(self._above, self._calls, self._feed_forwards, strict=True)
+        for block, (args, kwargs), module in above:
+            # Nobody sees pads, and of the last block only what a logit is made of.
+            with only_at(module, self.positions if block is self._above[-1] else self._real):
                 hidden = first(block(hidden, *args, **kwargs))
         hidden = hidden.reshape(-1, hidden.shape[-1])[self.positions]
         for module in self._tail:
@@ -251,36 +258,6 @@ def _activation_loss(output: Tensor, unedited: Tensor, recipe: Recipe) -> Tensor
 def _mean_of_positive(values: Tensor) -> Tensor:
     positive = values[values > 0]
     return positive.mean() if positive.numel() else values.new_zeros(())
-
-
-def _feed_forward(layer: str, blocks: Sequence[nn.Module]) -> list[nn.Module]:
-    """The blocks' counterparts of the module around the projection, where that is not the block."""
-    inside = layer.split(".")
-    number = max(place for place, part in enumerate(inside) if part.isdigit())
-    path = ".".join(inside[number + 1 : -1])
-    return [block.get_submodule(path) for block in blocks] if path else []
-
-
-@contextmanager
-def _only_at(module: nn.Module, places: Tensor) -> Iterator[None]:
-    """A module that works on each token alone is given some of the [rows, width] tokens, and gives
-    zero for the others: pads, which nobody sees, and in the last block what no logit is made of."""
-    shape: list[torch.Size] = []
-
-    def take(m: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        shape[:] = [args[0].shape]
-        return args[0].reshape(-1, args[0].shape[-1])[None, places], *args[1:]
-
-    def put(m: nn.Module, args: Any, output: Tensor) -> Tensor:
-        grid = output.new_zeros(shape[0][:-1].numel(), output.shape[-1])
-        return grid.index_copy(0, places, output[0]).view(*shape[0][:-1], -1)
-
-    hooks = [module.register_forward_pre_hook(take), module.register_forward_hook(put)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _without_last(value: Any, rows: int) -> Any:
