@@ -40,8 +40,10 @@ def test_only_plain_float_layers_are_copied_and_all_are_given_back() -> None:
         pass
 
     plain, own, half = nn.Linear(4, 4), Own(4, 4), nn.Linear(4, 4, dtype=torch.bfloat16)
-    halves = HalfProducts([nn.Sequential(plain, nn.ReLU()), own, half])
-    assert plain in halves and own not in halves and half not in halves
+    replaced = nn.Linear(4, 4)
+    replaced.forward = plain.forward  # type: ignore[method-assign]
+    halves = HalfProducts([nn.Sequential(plain, nn.ReLU()), own, half, replaced])
+    assert plain in halves and not any(m in halves for m in (own, half, replaced))
     x = torch.randn(3, 4)
     before = plain(x)
     with pytest.raises(RuntimeError, match="on purpose"), halves.used():

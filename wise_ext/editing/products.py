@@ -20,13 +20,16 @@ class HalfProducts:
     """bf16 copies of the matrices of some frozen linear layers.
 
     Args:
-        modules: searched for plain fp32 ``nn.Linear`` layers; others are left as they are.
+        modules: searched for plain fp32 ``nn.Linear`` layers; others, and those whose ``forward``
+            somebody has replaced (Accelerate does), are left as they are.
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._copies: dict[nn.Linear, Tensor] = {}
         for module in (m for top in modules for m in top.modules()):
-            if type(module) is nn.Linear and module.weight.dtype == torch.float32:
+            if type(module) is not nn.Linear or "forward" in vars(module):
+                continue
+            if module.weight.dtype == torch.float32:
                 self._copies[module] = module.weight.detach().to(torch.bfloat16)
 
     def __contains__(self, module: nn.Module) -> bool:
