@@ -127,7 +127,8 @@ def key_memory(
     key_layer: str | None = None,
     scale: float = 2.0,
 ) -> SideMemory:
-    """A memory of one shard a known prompt, found by that prompt's tokens."""
+    """A memory of one shard a known prompt, found by that prompt's tokens; its first one is its
+    subject, and some relations are known."""
     layer = layer or layer_path(model)
     key_layer = key_layer or layer_path(model, 0)
     shape = projection_shape(get_module(model, layer))
@@ -135,15 +136,23 @@ def key_memory(
     def tokens(row: list[int]) -> TokenKeys:
         return TokenKeys(torch.tensor(row), activation(model, key_layer, row))
 
+    def first(row: list[int]) -> Tensor:
+        return torch.arange(len(row)) == 0
+
     background = [tokens(row) for row in prompts(*range(3, 9), seed=99)]
-    index = KeyIndex(background[0].activation.shape[1], background=background)
+    wordings = [tokens(row)._replace(subject=first(row)) for row in prompts(*[5] * 12, seed=98)]
+    index = KeyIndex(
+        background[0].activation.shape[1],
+        background=background,
+        relations=[wordings[i : i + 3] for i in range(0, 12, 3)],
+    )
     index.add(
-        [tokens(row) for row in known],
+        [tokens(row)._replace(subject=first(row)) for row in known],
         list(range(len(known))),
         [f"edit-{i + 1}" for i in range(len(known))],
     )
     shards = [make_shard(shape, seed=i + 1, scale=scale) for i in range(len(known))]
-    return SideMemory(layer, shape, shards, "key", key_layer, index, radius=0.95)
+    return SideMemory(layer, shape, shards, "key", key_layer, index, radius=0.95, lead=1.0)
 
 
 def indicator_memory(model: Any, known: list[list[int]], layer: str | None = None) -> SideMemory:

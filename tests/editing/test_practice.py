@@ -62,14 +62,14 @@ def test_rows_of_an_edit(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(set(drawn)) == 3
     assert set(drawn) <= {in_context(context, EDIT.prompt) for context in CONTEXTS}
     practice = coach.practice(EDIT)
-    assert len(practice.contexts) == 4 and len(practice.shorter) == 1
+    assert len(practice.contexts) == 4 and len(practice.wordings) == 1
     assert practice.unrelated is None
     assert coach.practice(EDIT) is practice
     target = encode_target(make.tokenizer, EDIT.target_new)
     assert practice.bare.labels.tolist() == target
     assert practice.bare.key is not None
     assert practice.bare.key.ids.tolist() == encode_prompt(make.tokenizer, EDIT.prompt)
-    assert all(row.key is None for row in practice.contexts + practice.shorter)
+    assert all(row.key is None for row in practice.contexts + practice.wordings)
 
 
 def test_each_edit_draws_contexts_of_its_own(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:

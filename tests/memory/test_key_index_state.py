@@ -100,6 +100,7 @@ def test_state_that_does_not_fit() -> None:
     refused(
         "do not add up to 19 keys",
         keys=torch.zeros(19, 2 * made.DIM, dtype=torch.int8),
+        named=torch.zeros(19, dtype=torch.bool),
         tokens=torch.zeros(19, dtype=int32),
         lengths=torch.tensor([17, 1, 1], dtype=int32),
     )

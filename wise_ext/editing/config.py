@@ -27,7 +27,11 @@ class WiseConfig:
         key_layer: the projection whose input is the routing key: ``"auto"`` (the first block's),
             a number or a path, never above ``layer``. Only for ``router="key"``.
         router: ``"key"`` (best stored edit) or ``"indicator"`` (the paper's, Eq. 3-6).
-        radius: score, in [0, 1], above which a prompt belongs to the best stored edit.
+        radius: score, in [0, 1], above which a prompt may belong to a stored edit.
+        lead: an edit of a known subject is passed over if a prompt's wording is nearer to another
+            relation than to the edit's own, by more than this (difference of cosines, in (0, 2]).
+            Less keeps more questions about an edited subject in main memory, and loses more
+            unusual wordings of the edits; 2 asks for the subject alone.
         variant: ``"retrieve"`` keeps finished memories apart, ``"merge"`` merges all into one.
         mask_ratio: share of the projection's entries a shard may change [rho].
         shard_size: edits in one shard.
@@ -47,6 +51,8 @@ class WiseConfig:
             ``contexts_per_edit`` of them (or all) to be practised in, besides its bare prompt.
         shortened: practise an edit in so many shorter wordings, which leave out some words of its
             prompt, other than the subject's, for the first quarter of the rounds.
+        reworded: practise an edit in so many wordings of another form, for as long: of its
+            relation's, where the edit names its subject and the relation is recognised.
         chat_context: practise an edit inside the chat template, too, where there is one.
         contexts_per_round: of an edit's contexts, so many (or all) are drawn each round.
         replay: rows of the shard's earlier edits practised along with each round. Unless it is 0, a
@@ -66,6 +72,7 @@ class WiseConfig:
     key_layer: str | int = "auto"
     router: str = "key"
     radius: float = 0.54
+    lead: float = 0.7
     variant: str = "retrieve"
     mask_ratio: float = 0.2
     shard_size: int = 100
@@ -84,6 +91,7 @@ class WiseConfig:
     contexts: int = 10
     contexts_per_edit: int = 2
     shortened: int = 1
+    reworded: int = 2
     chat_context: bool = True
     context_tokens: int = 10
     contexts_per_round: int = 1
@@ -161,6 +169,7 @@ _LEAST = {
     "contexts": 0,
     "contexts_per_edit": 0,
     "shortened": 0,
+    "reworded": 0,
     "context_tokens": 1,
     "contexts_per_round": 0,
     "replay": 0,
@@ -170,6 +179,7 @@ _RANGES = {
     "mask_ratio": (0.0, 1.0),
     "merge_density": (0.0, 1.0),
     "radius": (0.0, 1.0),
+    "lead": (0.0, 2.0),
     "learning_rate": (0.0, math.inf),
     "clamp": (0.0, 1e30),
     "act_ratio": (0.0, 1.0),
@@ -194,6 +204,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "contexts": 10,
         "contexts_per_edit": 10,
         "shortened": 0,
+        "reworded": 0,
         "chat_context": False,
         "contexts_per_round": 10,
         "rows_per_step": 32,

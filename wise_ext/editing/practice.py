@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+
+import torch
 
 from wise_ext.editing.config import WiseConfig
 from wise_ext.editing.contexts import in_context, shorter
@@ -16,16 +19,20 @@ from wise_ext.editing.prompts import (
     encode_target,
     has_chat_template,
     neutral_prompts,
+    subject_tokens,
 )
 from wise_ext.editing.rows import Row
 from wise_ext.editing.suffix import SuffixEngine
-from wise_ext.memory import TokenKeys
+from wise_ext.editing.wordings import examples, reworded
+from wise_ext.memory import KeyIndex, TokenKeys
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-#: Neutral prompts captured at a time.
-_CHUNK = 16
+#: Prompts run at a time.
+_CHUNK = 32
+# Cosine to a known relation above which a prompt is taken to ask just that.
+_RECOGNISED = 0.6
 # The paper's margins suit projections whose output has about this norm a token.
 _PAPER_MARGINS = Margins(5.0, 20.0, 10.0)
 _PAPER_OUTPUT_NORM = 100.0
@@ -33,14 +40,14 @@ _PAPER_OUTPUT_NORM = 100.0
 
 @dataclass(eq=False)
 class Practice:
-    """An edit's captured rows: the bare prompt, the prompt in its contexts, shorter wordings of it
-    (practised as far as it goes: two edits may share one), and (where margins are trained) an
-    unrelated prompt."""
+    """An edit's captured rows: the bare prompt, the prompt in its contexts, other wordings of it,
+    shorter or of another form (practised as far as it goes: two edits may share one), and (where
+    margins are trained) an unrelated prompt."""
 
     edit: Edit
     bare: Row
     contexts: list[Row]
-    shorter: list[Row]
+    wordings: list[Row]
     unrelated: Row | None
     locality_prompt: str | None
 
@@ -61,6 +68,7 @@ class Coach:
         self._config = config
         self._contexts = contexts
         self._known: dict[str, Practice] = {}
+        self._index: KeyIndex | None = None
 
     def practice(self, edit: Edit) -> Practice:
         """The edit's rows; captured at the first asking, kept until ``forget``.
@@ -77,11 +85,32 @@ class Coach:
         """Free all rows."""
         self._known.clear()
 
-    def background(self) -> list[TokenKeys]:
-        """The tokens of neutral prompts: what a router knows of everything but edits."""
-        prompts = [self._prompt(text) for text in neutral_prompts()]
-        chunks = [prompts[i : i + _CHUNK] for i in range(0, len(prompts), _CHUNK)]
-        return [key for chunk in chunks for key in self.engine.keys(chunk)]
+    def empty_index(self) -> KeyIndex:
+        """A key index without edits that knows neutral prompts, which stand for everything else,
+        and the wordings of known relations. By it, the coach tells what an edit asks."""
+        if self._index is None:
+            made = examples()
+            pairs = [pair for relation in made for pair in relation]
+            wordings = iter(self.keys(*zip(*pairs, strict=True)))
+            neutral = neutral_prompts()
+            background = self.keys(neutral, [None] * len(neutral))
+            self._index = KeyIndex(
+                background[0].activation.shape[1],
+                background=background,
+                relations=[[next(wordings) for _ in relation] for relation in made],
+            )
+        return self._index
+
+    def keys(self, prompts: Sequence[str], subjects: Sequence[str | None]) -> list[TokenKeys]:
+        """The token keys of prompts, each with its subject's tokens where it is named."""
+        keys: list[TokenKeys] = []
+        for start in range(0, len(prompts), _CHUNK):
+            chunk = prompts[start : start + _CHUNK]
+            keys += self.engine.keys([self._prompt(text) for text in chunk])
+        return [
+            self._about(key, prompt, subject)
+            for key, prompt, subject in zip(keys, prompts, subjects, strict=True)
+        ]
 
     def margins(self) -> Margins:
         """Eq. 5's margins: those given, or the paper's in proportion to the model.
@@ -107,16 +136,20 @@ class Coach:
         if c.chat_context and not c.chat_template and has_chat_template(self._tokenizer):
             prompts.append(encode_prompt(self._tokenizer, edit.prompt, chat=True))
             targets.append(encode_target(self._tokenizer, edit.target_new, stop=True, chat=True))
-        wordings = [shorter(edit.prompt, edit.subject, rng) for _ in range(c.shortened)]
-        short = [self._prompt(text) for text in wordings if text is not None]
+        others = [shorter(edit.prompt, edit.subject, rng) for _ in range(c.shortened)]
+        others += self._reworded(edit, rng)
+        wordings = [self._prompt(text) for text in others if text is not None]
         unrelated = edit.locality_prompt
         apart: list[list[int]] = []
         if c.margins:
             unrelated = unrelated or self._neutral(edit)
             apart = [self._prompt(unrelated)]
         bare, *rows = self.engine.capture(
-            [*prompts, *short, *apart], [*targets, *[target] * len(short), *[[] for _ in apart]]
+            [*prompts, *wordings, *apart],
+            [*targets, *[target] * len(wordings), *[[] for _ in apart]],
         )
+        if bare.key is not None:
+            bare = replace(bare, key=self._about(bare.key, edit.prompt, edit.subject))
         # Routing looks at the bare prompt alone.
         rows = [replace(row, key=None) for row in rows]
         contexts = len(prompts) - 1
@@ -124,10 +157,27 @@ class Coach:
             edit=edit,
             bare=bare,
             contexts=rows[:contexts],
-            shorter=rows[contexts : contexts + len(short)],
+            wordings=rows[contexts : contexts + len(wordings)],
             unrelated=rows[-1] if apart else None,
             locality_prompt=unrelated,
         )
+
+    def _reworded(self, edit: Edit, rng: random.Random) -> list[str]:
+        """The edit's question in other forms, where it is recognised."""
+        if self._index is None or edit.subject is None or not self._config.reworded:
+            return []
+        asked = self._index.asks(self.keys([edit.prompt], [edit.subject])[0])
+        likeness, number = (self._index.relations.known @ asked).max(0)
+        if float(likeness) < _RECOGNISED:
+            return []
+        return reworded(int(number), edit.subject.strip(), self._config.reworded, rng)
+
+    def _about(self, key: TokenKeys, prompt: str, subject: str | None) -> TokenKeys:
+        """The key of a prompt that says which tokens name its subject."""
+        named = subject_tokens(self._tokenizer, prompt, subject, self._config.chat_template)
+        if named is None:
+            return key
+        return key._replace(subject=torch.tensor(named[-len(key.ids) :]))
 
     def _neutral(self, edit: Edit) -> str:
         texts = neutral_prompts()

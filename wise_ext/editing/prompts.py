@@ -7,6 +7,7 @@ together as ids, so the prompt's tokens are the same while editing, scoring and 
 from __future__ import annotations
 
 import json
+import re
 from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING
@@ -30,24 +31,40 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool = 
         ConfigError: ``chat`` without a chat template.
         DataError: the prompt becomes no token at all.
     """
-    if chat:
-        if not has_chat_template(tokenizer):
-            raise ConfigError(
-                "this model's tokenizer has no chat template: leave chat off, "
-                "or choose a chat (instruct) model"
-            )
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
-        ids = _ids(tokenizer, str(text), special=False)
-    else:
-        ids = _ids(tokenizer, prompt, special=True)
-        # some tokenizers close every text with the stop token: the answer could never follow it
-        if ids and ids[-1] == tokenizer.eos_token_id and ids != _ids(tokenizer, prompt, False):
-            ids = ids[:-1]
+    ids = _ids(tokenizer, _as_read(tokenizer, prompt, chat), special=not chat)
+    # some tokenizers close every text with the stop token: the answer could never follow it
+    closed = not chat and ids and ids[-1] == tokenizer.eos_token_id
+    if closed and ids != _ids(tokenizer, prompt, special=False):
+        ids = ids[:-1]
     if not ids:
         raise DataError(f"the prompt {prompt!r} has no tokens: write a prompt")
     return ids
+
+
+def subject_tokens(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, subject: str | None, chat: bool = False
+) -> list[bool] | None:
+    """Which of a prompt's tokens name its subject, in any case.
+
+    Args:
+        tokenizer, prompt, chat: as for ``encode_prompt``, whose tokens these are.
+        subject: what the prompt is about, if known.
+
+    Returns:
+        One flag a token; None where the prompt does not name the subject, or the tokenizer (a slow
+        one) cannot say where its tokens come from.
+    """
+    if not subject or not subject.strip() or not tokenizer.is_fast:
+        return None
+    text = _as_read(tokenizer, prompt, chat)
+    named = [m.span() for m in re.finditer(re.escape(subject.strip()), text, re.IGNORECASE)]
+    if not named:
+        return None
+    encoded = tokenizer(
+        text, add_special_tokens=not chat, return_offsets_mapping=True, verbose=False
+    )
+    spans = encoded["offset_mapping"][: len(encode_prompt(tokenizer, prompt, chat))]
+    return [any(a < end and b > start for start, end in named) for a, b in spans]
 
 
 def encode_target(
@@ -99,6 +116,19 @@ def neutral_prompts() -> tuple[str, ...]:
     """
     text = resources.files("wise_ext").joinpath("data/neutral.jsonl").read_text("utf-8")
     return tuple(json.loads(line)["text"] for line in text.split("\n") if line)
+
+
+def _as_read(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> str:
+    """The text that the model reads."""
+    if not chat:
+        return prompt
+    if not has_chat_template(tokenizer):
+        raise ConfigError(
+            "this model's tokenizer has no chat template: leave chat off, "
+            "or choose a chat (instruct) model"
+        )
+    message = [{"role": "user", "content": prompt}]
+    return str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:

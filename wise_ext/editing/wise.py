@@ -26,8 +26,8 @@ from wise_ext.memory import Shard, random_mask_bits
 _RESTS = (3, 6, 12)
 # Share of the margin that a row must keep, once it has passed, to go on passing.
 _KEPT = 0.5
-# Share of the rounds in which shorter wordings are practised.
-_SHORTER = 0.25
+# Share of the rounds in which other wordings are practised.
+_WORDINGS = 0.25
 # What a row counts that is already right: enough to stay so, little beside those that are not.
 _SETTLED = 0.1
 
@@ -198,7 +198,7 @@ class _Lesson:
         # By edit and row: the round it is due again, and how often it has passed in succession.
         drawn = self._config.contexts_per_round > 0
         self._needed = [1 + drawn * len(p.contexts) for p in new]
-        self._due = [[0] * (1 + drawn * len(p.contexts + p.shorter)) for p in new]
+        self._due = [[0] * (1 + drawn * len(p.contexts + p.wordings)) for p in new]
         self._passed = [[0] * len(rows) for rows in self._due]
         self._forgotten: list[_Sample] = []
 
@@ -206,7 +206,7 @@ class _Lesson:
     def settled(self) -> list[bool]:
         """Which of the new edits passed in the bare prompt and every context when last looked at.
 
-        Not in shorter wordings: where two edits differ in what was left out, no answer is right.
+        Not in other wordings: where two edits differ in what was left out, no answer is right.
         """
         return [all(rows[:n]) for rows, n in zip(self._passed, self._needed, strict=True)]
 
@@ -244,7 +244,7 @@ class _Lesson:
         before the lesson may end, it is every new edit's turn, and every earlier one's."""
         c = self._config
         new, kept = c.stop_margin, c.stop_margin * _KEPT
-        everything = 0 <= number < c.iterations * _SHORTER
+        everything = 0 <= number < c.iterations * _WORDINGS
         samples = []
         for i, p in enumerate(self._new):
             rows = self._due[i] if everything else self._due[i][: self._needed[i]]
@@ -252,7 +252,7 @@ class _Lesson:
             contexts = [r for r in due if r > 0]
             count = min(c.contexts_per_round, len(contexts))
             drawn = [r for r in due if r == 0] + self._rng.sample(contexts, count)
-            texts = [p.bare, *p.contexts, *p.shorter]
+            texts = [p.bare, *p.contexts, *p.wordings]
             margins = [kept if times else new for times in self._passed[i]]
             samples += [_Sample(i, r, texts[r], p.unrelated, margins[r]) for r in drawn]
         if not c.replay:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -12,7 +13,7 @@ from wise_ext.editing.practice import Coach, draw_seed
 from wise_ext.editing.suffix import SuffixEngine
 from wise_ext.editing.wise import WiseWriter
 from wise_ext.errors import ConfigError
-from wise_ext.memory import KeyIndex, SideMemory
+from wise_ext.memory import SideMemory
 from wise_ext.models.loading import fingerprint
 from wise_ext.models.table import get_module, layer_path, projection_shape
 
@@ -49,23 +50,21 @@ class Workshop:
         self.coach = Coach(engine, tokenizer, config, texts)
         margins = self.coach.margins() if config.margins else None
         self.writer = WiseWriter(self.coach, config, self._shape, margins)
-        self._background = self.coach.background() if self._key_layer is not None else None
+        self._index = self.coach.empty_index() if self._key_layer is not None else None
         model.train(training)
 
     def empty_memory(self) -> SideMemory:
-        """A memory without shards, its key index (if it routes by key) knowing the background."""
-        index = None
-        if self._background is not None:
-            dim = self._background[0].activation.shape[1]
-            index = KeyIndex(dim, background=self._background)
+        """A memory without shards, its key index (if it routes by key) knowing what neutral texts
+        and the wordings of known relations look like."""
         return SideMemory(
             layer=self._layer,
             shape=self._shape,
             routing=self._config.router,
             key_layer=self._key_layer,
-            key_index=index,
+            key_index=copy(self._index),
             radius=self._config.radius,
             variant=self._config.variant,
+            lead=self._config.lead,
         )
 
 

@@ -4,7 +4,8 @@ Late interaction: every stored edit keeps the keys of its prompt's tokens, and i
 is the weighted mean, over those tokens, of the best cosine any token of the query reaches. What
 else the query says costs nothing, so an edit is found behind a system prompt or a conversation.
 Tokens weigh by how few texts hold them: a name counts, the wording of the question hardly does.
-This module is the only place where that is computed.
+What is asked about the name is compared apart, where the edit says what its subject is.
+This module decides what is stored, ``matching`` how it is compared.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from copy import copy
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from wise_ext.errors import ConfigError
+from wise_ext.memory.matching import PreparedKeys
+from wise_ext.memory.relations import RelationMap, around
 from wise_ext.memory.token_keys import TokenKeys, TokenMap, random_signs, standardise
 
 #: Tokens of an edit that are kept, and those that are compared: its rarest ones.
@@ -28,55 +31,6 @@ _STORED, _COMPARED = 16, 8
 # tells the edits of one subject apart. Both measured (docs/architecture.md).
 _POWER, _EVEN = 3, 0.15
 _LEAST_RARITY = 0.02
-# Scores closer than fp32 can tell apart are ties, and the latest edit wins them.
-_TIE = 1e-5
-# Stored keys compared at a time, so that long prompts stay small.
-_CHUNK = 4096
-
-
-class PreparedKeys(NamedTuple):
-    """All that a comparison needs, as tensors."""
-
-    mean: Tensor  # [d]
-    scale: Tensor  # [d]
-    signs: Tensor  # [2 d, width]
-    keys: Tensor  # [n, m, width], of length 1, or zero where an edit has fewer tokens
-    weights: Tensor  # [n, m], each edit's sum to 1
-    shards: Tensor  # int32 [n]
-
-    def match(self, activation: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-        """Find the best of ``n >= 1`` stored edits; tensor operations only, rows independent.
-
-        Args:
-            activation: of the query's tokens, ``[B, w, d]``.
-            real: bool ``[B, w]``; the others count for nothing.
-
-        Returns:
-            The score, fp32 ``[B]`` in [0, 1], and the stored row, int64 ``[B]`` (of equally good
-            ones the one stored last).
-        """
-        scores = self.scores(activation, real)
-        best = scores.amax(-1)
-        order = torch.arange(self.keys.shape[0], device=scores.device)
-        near = torch.where(scores >= best.unsqueeze(-1) - _TIE, order, 0)
-        return best, near.amax(-1)
-
-    def scores(self, activation: Tensor, real: Tensor) -> Tensor:
-        """The score of every stored edit, fp32 ``[B, n]``; arguments as for ``match``."""
-        batch, tokens, _ = activation.shape
-        # A zero key has cosine 0 with everything, which is where cosines are cut off.
-        query = TokenMap(self.mean, self.scale, self.signs).apply(activation, real)
-        query = query.reshape(batch * tokens, -1)
-        n, m, width = self.keys.shape
-        step = max(1, _CHUNK // m)
-        parts = []
-        for start in range(0, n, step):
-            keys = self.keys[start : start + step]
-            cosines = query @ keys.reshape(-1, width).T
-            best = cosines.view(batch, tokens, -1).amax(1).clamp(min=0)
-            best = best.view(batch, keys.shape[0], m)
-            parts.append((best * self.weights[start : start + step]).sum(-1))
-        return torch.cat(parts, dim=1)
 
 
 class KeyIndex:
@@ -86,6 +40,8 @@ class KeyIndex:
         dim: length of an activation.
         background: tokens of neutral texts, one entry a text. They say how activations vary and
             how common a token is; they are never matched. Stored edits count as texts, too.
+        relations: by known relation, wordings of it about some subject, which they say. Without
+            them, an edit is found by whatever is asked about its subject.
         width: length of a key; pairs of activations that are longer are projected by random signs.
         seed: of the signs.
 
@@ -98,6 +54,7 @@ class KeyIndex:
         self,
         dim: int,
         background: Sequence[TokenKeys] = (),
+        relations: Sequence[Sequence[TokenKeys]] = (),
         width: int = 512,
         seed: int = 0,
     ) -> None:
@@ -113,7 +70,10 @@ class KeyIndex:
         self.texts = len(texts)
         common = Counter(token for t in texts for token in set(t.ids.tolist()))
         self.common = torch.tensor(sorted(common.items()), dtype=torch.int64).view(-1, 2)
+        self.relations = self._fitted(relations)
         self.ids: list[str] = []
+        self.asked = torch.zeros(0, self.relations.project.shape[1], dtype=torch.int8)
+        self.named = torch.zeros(0, dtype=torch.bool)
         self.shards = torch.zeros(0, dtype=torch.int32)
         self.lengths = torch.zeros(0, dtype=torch.int32)
         self.tokens = torch.zeros(0, dtype=torch.int32)
@@ -135,7 +95,7 @@ class KeyIndex:
 
     def nbytes(self) -> int:
         """Bytes that the stored edits' keys take."""
-        return sum(t.nbytes for t in (self.keys, self.tokens, self.lengths, self.shards))
+        return sum(getattr(self, name).nbytes for name in (*_BY_TOKEN, *_BY_EDIT))
 
     def add(
         self, prompts: Sequence[TokenKeys], shards: Tensor | Sequence[int], ids: Sequence[str]
@@ -156,7 +116,7 @@ class KeyIndex:
         if bool((numbers < 0).any()):
             raise ValueError("a key belongs to a shard >= 0")
         common = dict(self.common.tolist())
-        tokens, keys = [self.tokens], [self.keys]
+        tokens, keys, named, asked = [self.tokens], [self.keys], [self.named], [self.asked]
         for prompt in map(self._checked, prompts):
             if not len(prompt.ids):
                 raise ValueError("a prompt without tokens has no key")
@@ -164,16 +124,26 @@ class KeyIndex:
             kept = seen.argsort(stable=True)[:_STORED].sort().values
             real = torch.ones(1, len(prompt.ids), dtype=torch.bool)
             key = self.map.apply(prompt.activation[None], real)[0, kept]
-            # Only directions are compared, so a key needs no scale of its own.
-            largest = key.abs().amax(-1, keepdim=True).clamp(min=1e-12)
-            keys.append((key / largest * 127).round().to(torch.int8))
+            keys.append(_eight_bits(key))
             tokens.append(prompt.ids[kept].to(torch.int32))
+            subject = _subject(prompt)
+            named.append(subject[kept])
+            asked.append(_eight_bits(self.asks(prompt).unsqueeze(0)))
         self.keys, self.tokens = torch.cat(keys), torch.cat(tokens)
+        self.named, self.asked = torch.cat(named), torch.cat(asked)
         lengths = torch.tensor([len(t) for t in tokens[1:]], dtype=torch.int32)
         self.lengths = torch.cat([self.lengths, lengths])
         self.shards = torch.cat([self.shards, numbers])
         self.ids = [*self.ids, *ids]
         self._prepared = None
+
+    def asks(self, prompt: TokenKeys) -> Tensor:
+        """What a prompt asks about its subject: a direction, fp32 ``[r]``, to be compared with
+        ``relations.known``; zero where it does not say which tokens are the subject's, or nothing
+        else is near them."""
+        named = _subject(prompt).unsqueeze(0)
+        tokens = self.map.tokens(prompt.activation[None], torch.ones_like(named))
+        return self.relations.apply(tokens, around(named, torch.ones_like(named)))[0]
 
     def remove(self, edit_id: str) -> int:
         """Forget all keys of an edit and return how many entries there were."""
@@ -198,10 +168,12 @@ class KeyIndex:
             raise ValueError(f"no key of {missing[0]!r}")
         order = [places[name] for name in ids]
         sizes = self.lengths.tolist()
-        keys, tokens = self.keys.split(sizes), self.tokens.split(sizes)
-        self.keys = torch.cat([self.keys[:0], *(keys[i] for i in order)])
-        self.tokens = torch.cat([self.tokens[:0], *(tokens[i] for i in order)])
-        self.lengths, self.shards = self.lengths[order], self.shards[order]
+        for name in _BY_TOKEN:
+            tensor = getattr(self, name)
+            parts = tensor.split(sizes)
+            setattr(self, name, torch.cat([tensor[:0], *(parts[i] for i in order)]))
+        for name in _BY_EDIT:
+            setattr(self, name, getattr(self, name)[order])
         self.ids = list(ids)
         self._prepared = None
 
@@ -224,9 +196,13 @@ class KeyIndex:
             weights, even = rarity.gather(1, order) ** _POWER, there.gather(1, order).float()
             weights = (1 - _EVEN) * weights / weights.sum(1, keepdim=True)
             weights = weights + _EVEN * even / even.sum(1, keepdim=True)
-            chosen = self.keys[place.gather(1, order)].float() * even.unsqueeze(-1)
-            keys = normalize(chosen, dim=-1)
-            self._prepared = PreparedKeys(*self.map, keys, weights, self.shards)
+            place = place.gather(1, order)
+            keys = normalize(self.keys[place].float() * even.unsqueeze(-1), dim=-1)
+            named = self.named[place] & there.gather(1, order)
+            asked = normalize(self.asked.float(), dim=-1)
+            self._prepared = PreparedKeys(
+                *self.map, *self.relations, keys, weights, named, asked, self.shards
+            )
         return self._prepared
 
     def nearest(self, queries: Sequence[TokenKeys]) -> tuple[Tensor, Tensor]:
@@ -250,8 +226,8 @@ class KeyIndex:
         asked = self.prepare().scores(*self._padded(prompts))
         both = copy(self)
         both.add(prompts, [0] * len(prompts), [""] * len(prompts))
-        _, _, _, keys, weights, _ = both.prepare()
-        keys, weights = keys[len(self) :], weights[len(self) :]
+        prepared = both.prepare()
+        keys, weights = prepared.keys[len(self) :], prepared.weights[len(self) :]
         cosines = keys.flatten(0, 1) @ normalize(self.keys.float(), dim=-1).T
         edit = torch.arange(len(self)).repeat_interleave(self.lengths.long())
         best = torch.zeros(len(cosines), len(self))
@@ -262,7 +238,8 @@ class KeyIndex:
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Return every tensor by name."""
-        return {name: getattr(self, name) for name in _TENSORS}
+        relations = {_RELATION + name: t for name, t in self.relations._asdict().items()}
+        return {name: getattr(self, name) for name in _TENSORS} | relations
 
     def state_meta(self) -> dict[str, Any]:
         """Return everything but the tensors, ready for JSON."""
@@ -285,14 +262,23 @@ class KeyIndex:
         index.texts = int(meta["texts"])
         index.ids = [str(name) for name in meta["ids"]]
         total, common = (tensors[name].shape[:1].numel() for name in ("keys", "common"))
+        map_ = RelationMap(*(tensors[_RELATION + name] for name in RelationMap._fields))
+        many, wide = map_.known.shape if map_.known.dim() == 2 else (0, 0)
+        fits = {"centre": (index.dim,), "project": (index.dim, wide), "known": (many, wide)}
+        for name, tensor in map_._asdict().items():
+            if tensor.dtype != torch.float32 or tuple(tensor.shape) != fits[name]:
+                raise ValueError(f"key index: relation {name} must be fp32 {list(fits[name])}")
+        index.relations = map_
         shapes = {
             "mean": (index.dim,),
             "scale": (index.dim,),
             "common": (common, 2),
             "keys": (total, index.width),
+            "named": (total,),
             "tokens": (total,),
             "lengths": (len(index),),
             "shards": (len(index),),
+            "asked": (len(index), wide),
         }
         for name, dtype in _TENSORS.items():
             if tensors[name].dtype != dtype or tuple(tensors[name].shape) != shapes[name]:
@@ -334,23 +320,60 @@ class KeyIndex:
             raise ValueError(f"keys must be [{len(ids)}, {self.dim}], got {list(raw.shape)}")
         if not bool(raw.isfinite().all()):
             raise ValueError("a key is not finite: the model's activations overflow")
-        return TokenKeys(ids, raw).last()
+        subject = None if tokens.subject is None else tokens.subject.detach().cpu()
+        if subject is not None and (subject.dtype != torch.bool or subject.shape != ids.shape):
+            raise ValueError(f"subject must be bool [{len(ids)}], got {list(subject.shape)}")
+        return TokenKeys(ids, raw, subject).last()
+
+    def _fitted(self, relations: Sequence[Sequence[TokenKeys]]) -> RelationMap:
+        """The relation map of these wordings, standardised as everything else is."""
+        means, labels = [], []
+        for number, wordings in enumerate(relations):
+            for text in map(self._checked, wordings):
+                rest = text.activation[~_subject(text)]
+                real = torch.ones(1, len(rest), dtype=torch.bool)
+                means.append(self.map.tokens(rest[None], real)[0].mean(0))
+                labels.append(number)
+        if not means:
+            return RelationMap.empty(self.dim)
+        return RelationMap.fit(torch.stack(means), torch.tensor(labels))
 
     def _keep(self, wanted: list[bool]) -> None:
         chosen = torch.tensor(wanted, dtype=torch.bool)
         each = chosen.repeat_interleave(self.lengths.long())
-        self.keys, self.tokens = self.keys[each], self.tokens[each]
-        self.lengths, self.shards = self.lengths[chosen], self.shards[chosen]
+        for name in _BY_TOKEN:
+            setattr(self, name, getattr(self, name)[each])
+        for name in _BY_EDIT:
+            setattr(self, name, getattr(self, name)[chosen])
         self.ids = [name for name, keep in zip(self.ids, wanted, strict=True) if keep]
         self._prepared = None
 
 
+def _subject(prompt: TokenKeys) -> Tensor:
+    """Which tokens name the subject, bool ``[t]``; none where the prompt does not say."""
+    none = torch.zeros(len(prompt.ids), dtype=torch.bool)
+    return none if prompt.subject is None else prompt.subject
+
+
+def _eight_bits(rows: Tensor) -> Tensor:
+    """int8 ``[m, width]``. Only directions are compared, so a row needs no scale of its own."""
+    if not rows.shape[-1]:
+        return rows.to(torch.int8)
+    largest = rows.abs().amax(-1, keepdim=True).clamp(min=1e-12)
+    return (rows / largest * 127).round().to(torch.int8)
+
+
+_BY_TOKEN = ("keys", "named", "tokens")
+_BY_EDIT = ("lengths", "shards", "asked")
+_RELATION = "relation_"
 _TENSORS = {
     "mean": torch.float32,
     "scale": torch.float32,
     "common": torch.int64,
     "keys": torch.int8,
+    "named": torch.bool,
     "tokens": torch.int32,
     "lengths": torch.int32,
     "shards": torch.int32,
+    "asked": torch.int8,
 }

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from wise_ext.memory.bank import PackedBank
-from wise_ext.memory.key_index import KeyIndex, PreparedKeys
+from wise_ext.memory.key_index import KeyIndex
+from wise_ext.memory.matching import PreparedKeys
 from wise_ext.memory.token_keys import last_tokens
 
 MAIN = -1
@@ -108,29 +109,30 @@ class KeyRouter(nn.Module):
     Args:
         layer: module path of the down projection whose input is the key.
         index: the stored keys.
-        radius: score above which a prompt belongs to its best edit; equal goes to main.
+        radius: score above which a prompt may belong to an edit; equal goes to main.
+        lead: an edit is passed over where another relation is nearer to the prompt's wording than
+            its own, by more than this difference of cosines. 2 passes over none.
     """
 
-    mean: Tensor
-    scale: Tensor
-    signs: Tensor
-    keys: Tensor
-    weights: Tensor
     shards: Tensor
+    keys: Tensor
 
-    def __init__(self, layer: str, index: KeyIndex, radius: float) -> None:
+    def __init__(self, layer: str, index: KeyIndex, radius: float, lead: float = 2.0) -> None:
         super().__init__()
         self.layer = layer
-        self.radius = float(radius)
+        self.radius, self.lead = float(radius), float(lead)
         for name, tensor in index.prepare()._asdict().items():
             self.register_buffer(name, tensor, persistent=False)
 
+    @property
+    def prepared(self) -> PreparedKeys:
+        """What prompts are compared with."""
+        return PreparedKeys(*(getattr(self, name) for name in PreparedKeys._fields))
+
     def nearest(self, a: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the best edit's score, fp32 ``[B]``, and its row in the index, int64 ``[B]``."""
-        prepared = PreparedKeys(
-            self.mean, self.scale, self.signs, self.keys, self.weights, self.shards
-        )
-        return prepared.match(*last_tokens(a, real))
+        """Return the best edit's score, fp32 ``[B]``, and its row in the index, int64 ``[B]``,
+        whatever the prompt asks."""
+        return self.prepared.match(*last_tokens(a, real))
 
     def decide(self, a: Tensor, real: Tensor) -> Tensor:
         """See ``Router.decide``."""
@@ -138,9 +140,9 @@ class KeyRouter(nn.Module):
             return _all_main(a)
         if self.keys.device != a.device:
             self.to(a.device)
-        score, row = self.nearest(a, real)
-        inside = (score > self.radius) & real.any(-1)
-        return torch.where(inside, self.shards[row], MAIN).to(torch.int32)
+        row = self.prepared.find(*last_tokens(a, real), self.radius, self.lead)
+        inside = (row >= 0) & real.any(-1)
+        return torch.where(inside, self.shards[row.clamp(min=0)], MAIN).to(torch.int32)
 
 
 def _all_main(a: Tensor) -> Tensor:

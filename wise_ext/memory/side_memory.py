@@ -35,7 +35,8 @@ class SideMemory:
         routing: ``"key"`` (nearest stored key) or ``"indicator"`` (the paper, Eq. 3-6).
         key_layer: module path of the projection whose input is the key; before ``layer`` or it.
         key_index: the stored keys.
-        radius: score above which a prompt belongs to the best stored edit.
+        radius: score above which a prompt may belong to a stored edit.
+        lead: see ``KeyRouter``.
         variant: ``"retrieve"`` (shards stay apart) or ``"merge"`` (full ones are merged).
 
     Raises:
@@ -51,6 +52,7 @@ class SideMemory:
     key_index: KeyIndex | None = None
     radius: float = 0.6
     variant: str = "retrieve"
+    lead: float = 2.0
 
     def __post_init__(self) -> None:
         if self.routing not in ROUTINGS:
@@ -61,6 +63,8 @@ class SideMemory:
             raise ConfigError("key routing needs key_layer and key_index")
         if not math.isfinite(self.radius):
             raise ConfigError(f"the key radius is {self.radius}: give a score in [0, 1]")
+        if not math.isfinite(self.lead):
+            raise ConfigError(f"the lead is {self.lead}: give a number in [0, 2]")
         self.shape = (int(self.shape[0]), int(self.shape[1]))
         for shard in self.shards:
             self._check(shard)
@@ -97,7 +101,7 @@ class SideMemory:
         if not self.shards:
             return None
         if self.routing == "key" and self.key_layer is not None and self.key_index is not None:
-            return KeyRouter(self.key_layer, self.key_index, self.radius)
+            return KeyRouter(self.key_layer, self.key_index, self.radius, self.lead)
         thresholds = [shard.threshold for shard in self.shards]
         return IndicatorRouter(self.layer, bank or self.bank(), thresholds)
 
@@ -202,6 +206,7 @@ class SideMemory:
             "key_layer": self.key_layer,
             "radius": self.radius,
             "variant": self.variant,
+            "lead": self.lead,
             "shards": [{"edit_ids": list(s.edit_ids), "seed": s.seed} for s in self.shards],
             "key_index": None if self.key_index is None else self.key_index.state_meta(),
         }
@@ -253,6 +258,7 @@ class SideMemory:
             key_index,
             float(meta["radius"]),
             meta["variant"],
+            float(meta["lead"]),
         )
 
     def _check(self, shard: Shard) -> None:

@@ -24,14 +24,17 @@ _BEFORE = 0.5
 
 
 class TokenKeys(NamedTuple):
-    """The tokens that a prompt is recognised by: ids int64 ``[t]``, activations fp32 ``[t, d]``."""
+    """The tokens that a prompt is recognised by: ids int64 ``[t]``, activations fp32 ``[t, d]``,
+    and, where it is known, which of them name the subject, bool ``[t]``."""
 
     ids: Tensor
     activation: Tensor
+    subject: Tensor | None = None
 
     def last(self) -> TokenKeys:
         """The last ``WINDOW`` of them."""
-        return TokenKeys(self.ids[-WINDOW:], self.activation[-WINDOW:])
+        subject = None if self.subject is None else self.subject[-WINDOW:]
+        return TokenKeys(self.ids[-WINDOW:], self.activation[-WINDOW:], subject)
 
 
 class TokenMap(NamedTuple):
@@ -48,10 +51,17 @@ class TokenMap(NamedTuple):
             activation: ``[B, t, d]``.
             real: bool ``[B, t]``; the others have zero keys, whatever they hold.
         """
+        return self.keys(self.tokens(activation, real), real)
+
+    def tokens(self, activation: Tensor, real: Tensor) -> Tensor:
+        """Standardised tokens, fp32 ``[B, t, d]`` of length 1; arguments as for ``apply``."""
         x = torch.where(real.unsqueeze(-1), activation.float() - self.mean, 0.0) * self.scale
-        x = normalize(x, dim=-1)
-        before = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
-        pair = torch.cat([x, _BEFORE * before], dim=-1) * real.unsqueeze(-1)
+        return normalize(x, dim=-1)
+
+    def keys(self, tokens: Tensor, real: Tensor) -> Tensor:
+        """The keys of standardised tokens; see ``apply``."""
+        before = torch.cat([torch.zeros_like(tokens[:, :1]), tokens[:, :-1]], dim=1)
+        pair = torch.cat([tokens, _BEFORE * before], dim=-1) * real.unsqueeze(-1)
         return normalize(pair @ self.signs if self.signs.shape[1] else pair, dim=-1)
 
 

@@ -1,0 +1,107 @@
+"""Known relations, and the wordings an edit is practised in because of them."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from wise_ext import Edit, WiseConfig
+from wise_ext.editing.practice import Coach
+from wise_ext.editing.prompts import encode_prompt, subject_tokens
+from wise_ext.editing.suffix import SuffixEngine
+from wise_ext.editing.wordings import examples, relations, reworded
+from wise_ext.models import layer_path
+
+
+def test_every_relation_is_worded_in_several_forms_about_one_subject() -> None:
+    wordings = [wording for relation in relations() for wording in relation.wordings]
+    assert len(relations()) > 100 and max(Counter(wordings).values()) == 1
+    for relation in relations():
+        assert len(relation.wordings) >= 2
+        assert all(wording.count("{}") == 1 for wording in relation.wordings)
+        forms = {wording.endswith("?") for wording in relation.wordings}
+        assert forms == {True, False}, relation
+    for relation, made in zip(relations(), examples(), strict=True):
+        assert [text for text, _ in made] == [
+            wording.format(name) for wording, (_, name) in zip(relation.wordings, made, strict=True)
+        ]
+
+
+def test_rewording_draws_without_repetition() -> None:
+    drawn = reworded(0, "Vera {Lund}", 3, random.Random(1))
+    assert len(set(drawn)) == 3 and all("Vera {Lund}" in text for text in drawn)
+    assert drawn == reworded(0, "Vera {Lund}", 3, random.Random(1))
+    assert len(reworded(0, "Vera", 99, random.Random(1))) == len(relations()[0].wordings)
+
+
+@pytest.fixture(scope="module")
+def coach(model_dir: Path) -> Coach:
+    model = AutoModelForCausalLM.from_pretrained(model_dir).eval()
+    engine = SuffixEngine(model, layer_path(model, 2), layer_path(model, 0))
+    config = WiseConfig(shortened=0, chat_context=False, contexts_per_edit=0)
+    made = Coach(engine, AutoTokenizer.from_pretrained(model_dir), config, [])
+    made.empty_index()
+    return made
+
+
+def test_a_recognised_question_is_practised_in_other_words(
+    coach: Coach, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    relation, name = relations()[7], "Mina Torvald"
+    seen: list[list[int]] = []
+    capture = coach.engine.capture
+
+    def spy(prompts: Any, targets: Any) -> Any:
+        seen.extend(prompts)
+        return capture(prompts, targets)
+
+    monkeypatch.setattr(coach.engine, "capture", spy)
+    practice = coach.practice(Edit("a", relation.wordings[1].format(name), "Oda", subject=name))
+    others = [coach._tokenizer.decode(ids) for ids in seen[1:]]
+    assert len(set(others)) == len(practice.wordings) == 2
+    assert set(others) <= {wording.format(name) for wording in relation.wordings}
+    key = practice.bare.key
+    assert key is not None and key.subject is not None
+    said = coach._tokenizer.decode(key.ids[key.subject].tolist())
+    assert "".join(said.split()) == "MinaTorvald"
+    assert coach.empty_index().asks(key).any()
+
+
+@pytest.mark.parametrize("subject", [None, "Somebody Else", "  "])
+def test_without_a_subject_in_the_prompt_there_are_no_other_words(
+    coach: Coach, subject: str | None
+) -> None:
+    edit = Edit(f"b{subject}", relations()[7].wordings[1].format("Mina"), "Oda", subject=subject)
+    practice = coach.practice(edit)
+    assert practice.wordings == []
+    assert practice.bare.key is not None and practice.bare.key.subject is None
+
+
+def test_an_unknown_question_is_left_in_its_own_words(coach: Coach) -> None:
+    edit = Edit("c", "zq 77 !! Mina xx", "Oda", subject="Mina")
+    assert coach.practice(edit).wordings == []
+
+
+def test_subject_tokens(coach: Coach) -> None:
+    tokenizer = coach._tokenizer
+    for prompt, subject in (
+        ("Who taught Mina Torvald?", "Mina Torvald"),
+        ("who taught mina torvald, and was mina torvald tall?", "Mina Torvald"),
+        ("Mina (b. 1950) was", "mina (b. 1950)"),
+    ):
+        named = subject_tokens(tokenizer, prompt, subject)
+        ids = encode_prompt(tokenizer, prompt)
+        assert named is not None and len(named) == len(ids)
+        inside = [i for i, yes in zip(ids, named, strict=True) if yes]
+        said = "".join(tokenizer.decode(inside).split()).lower()
+        assert said == "".join(subject.split()).lower() * prompt.lower().count(subject.lower())
+    chat = subject_tokens(tokenizer, "Who is Mina?", "Mina", chat=True)
+    assert chat is not None and len(chat) == len(encode_prompt(tokenizer, "Who is Mina?", True))
+    assert any(chat)
+    assert subject_tokens(tokenizer, "Who is it?", "Mina") is None
+    assert subject_tokens(tokenizer, "Who is it?", None) is None

@@ -1,0 +1,116 @@
+"""Comparing prompts with stored edits: tensor operations alone, every row for itself."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from wise_ext.memory.relations import RelationMap, around
+from wise_ext.memory.token_keys import TokenMap
+
+# Scores closer than fp32 can tell apart are ties, and the latest edit wins them.
+_TIE = 1e-5
+# Stored keys compared at a time, so that long prompts stay small.
+_CHUNK = 4096
+# A token of a query with this cosine to one of a subject's name is that name (measured: from .3 to
+# .7 it makes no difference).
+_SAME_WORD = 0.5
+# An edit may be passed over for another relation; so many of the best are looked at.
+_CANDIDATES = 4
+
+
+class PreparedKeys(NamedTuple):
+    """All that a comparison needs, as tensors."""
+
+    mean: Tensor  # [d]
+    scale: Tensor  # [d]
+    signs: Tensor  # [2 d, width]
+    centre: Tensor  # [d]
+    project: Tensor  # [d, r]
+    known: Tensor  # [R, r]
+    keys: Tensor  # [n, m, width], of length 1, or zero where an edit has fewer tokens
+    weights: Tensor  # [n, m], each edit's sum to 1
+    named: Tensor  # bool [n, m]: the tokens of the subject's name
+    asked: Tensor  # [n, r], of length 1, or zero where it is not known what an edit asks
+    shards: Tensor  # int32 [n]
+
+    def match(self, activation: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+        """Find the best of ``n >= 1`` stored edits by its token keys, whatever it asks.
+
+        Args:
+            activation: of the query's tokens, ``[B, w, d]``.
+            real: bool ``[B, w]``; the others count for nothing.
+
+        Returns:
+            The score, fp32 ``[B]`` in [0, 1], and the stored row, int64 ``[B]`` (of equally good
+            ones the one stored last).
+        """
+        return _last_of_best(self.scores(activation, real))
+
+    def find(self, activation: Tensor, real: Tensor, radius: float, lead: float) -> Tensor:
+        """Find the stored edit that each query asks for.
+
+        Args:
+            activation, real: as for ``match``.
+            radius: score that an edit must exceed.
+            lead: an edit is passed over if the query's wording is nearer to another known relation
+                than to the edit's own, by more than this difference of cosines.
+
+        Returns:
+            The stored row, int64 ``[B]``, or -1 where there is none.
+        """
+        map_ = TokenMap(self.mean, self.scale, self.signs)
+        tokens = map_.tokens(activation, real)
+        query = map_.keys(tokens, real)
+        scores = self._scores(query)
+        found = torch.full_like(scores[:, 0], -1, dtype=torch.int64)
+        for _ in range(min(_CANDIDATES, self.keys.shape[0])):
+            best, row = _last_of_best(scores)
+            fits = (best > radius) & (self._lead(tokens, query, real, row) <= lead)
+            found = torch.where((found < 0) & fits, row, found)
+            scores = scores.scatter(1, row.unsqueeze(1), -1.0)
+        return found
+
+    def scores(self, activation: Tensor, real: Tensor) -> Tensor:
+        """The score of every stored edit, fp32 ``[B, n]``; arguments as for ``match``."""
+        return self._scores(TokenMap(self.mean, self.scale, self.signs).apply(activation, real))
+
+    def _scores(self, query: Tensor) -> Tensor:
+        """The same, by the query's keys ``[B, w, width]``."""
+        # A zero key has cosine 0 with everything, which is where cosines are cut off.
+        batch, tokens, width = query.shape
+        query = query.reshape(batch * tokens, width)
+        n, m, _ = self.keys.shape
+        step = max(1, _CHUNK // m)
+        parts = []
+        for start in range(0, n, step):
+            keys = self.keys[start : start + step]
+            cosines = query @ keys.reshape(-1, width).T
+            best = cosines.view(batch, tokens, -1).amax(1).clamp(min=0)
+            best = best.view(batch, keys.shape[0], m)
+            parts.append((best * self.weights[start : start + step]).sum(-1))
+        return torch.cat(parts, dim=1)
+
+    def _lead(self, tokens: Tensor, query: Tensor, real: Tensor, row: Tensor) -> Tensor:
+        """By how much another relation is nearer than that of the stored ``row``, fp32 ``[B]``;
+        -2 where that cannot be told."""
+        if not self.known.shape[0]:
+            return torch.full_like(query[:, 0, 0], -2.0)
+        cosines = query @ self.keys[row].transpose(1, 2)
+        named = (cosines * self.named[row].unsqueeze(1)).amax(-1) > _SAME_WORD
+        kept = around(named, real)
+        asks = RelationMap(self.centre, self.project, self.known).apply(tokens, kept)
+        own = self.asked[row]
+        lead = (asks @ self.known.T).amax(-1) - (asks * own).sum(-1)
+        told = kept.any(-1) & (own != 0).any(-1)
+        return torch.where(told, lead, -2.0)
+
+
+def _last_of_best(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest of each row of ``[B, n]``, and the last place where it stands."""
+    best = scores.amax(-1)
+    order = torch.arange(scores.shape[1], device=scores.device)
+    near = torch.where(scores >= best.unsqueeze(-1) - _TIE, order, 0)
+    return best, near.amax(-1)
