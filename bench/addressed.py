@@ -10,15 +10,12 @@ from torch import nn
 
 from wise_ext.editing.config import WiseConfig
 from wise_ext.editing.edits import Edit
-from wise_ext.editing.prompts import encode_prompt
 from wise_ext.editing.workshop import Workshop
 from wise_ext.errors import ConfigError
 from wise_ext.memory import Shard, SideMemory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_CHUNK = 16
 
 
 def key_only_memory(
@@ -62,9 +59,7 @@ def key_only_memory(
         slot = memory.add_shard(
             Shard.from_delta(torch.zeros(d_out, d_in, dtype=dtype), bits, 0, ids)
         )
-        prompts = [encode_prompt(tokenizer, e.prompt, config.chat_template) for e in edits]
-        for start in range(0, len(edits), _CHUNK):
-            keys = shop.coach.engine.keys(prompts[start : start + _CHUNK])
-            memory.key_index.add(keys, [slot] * len(keys), ids[start : start + _CHUNK])
+        keys = shop.coach.keys([e.prompt for e in edits], [e.subject for e in edits])
+        memory.key_index.add(keys, [slot] * len(keys), ids)
     model.train(training)
     return memory

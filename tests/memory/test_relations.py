@@ -51,8 +51,8 @@ def test_the_fit_is_its_definition(relations: int, each: int, dim: int) -> None:
     map_ = RelationMap.fit(x, labels)
     asked = map_.apply(x.unsqueeze(1), torch.ones(len(x), 1, dtype=torch.bool))
     to_known, to_others = _oracle(x, labels)
-    torch.testing.assert_close(asked @ map_.known.T, to_known.float(), rtol=0, atol=1e-4)
-    torch.testing.assert_close(asked @ asked.T, to_others.float(), rtol=0, atol=1e-4)
+    torch.testing.assert_close(asked @ map_.known.T, to_known.float(), rtol=0, atol=2e-3)
+    torch.testing.assert_close(asked @ asked.T, to_others.float(), rtol=0, atol=2e-3)
     assert map_.project.shape == (dim, min(relations - 1, dim))
 
 
@@ -73,8 +73,17 @@ def test_the_fit_ignores_where_and_how_large(seed: int, shift: float, scale: flo
     every = torch.ones(len(x), 1, dtype=torch.bool)
     one, two = RelationMap.fit(x, labels), RelationMap.fit(x * scale + shift, labels)
     a, b = one.apply(x.unsqueeze(1), every), two.apply((x * scale + shift).unsqueeze(1), every)
-    torch.testing.assert_close(a @ one.known.T, b @ two.known.T, rtol=0, atol=2e-3)
-    assert one.known.norm(dim=-1).sub(1).abs().max() < 1e-5
+    torch.testing.assert_close(a @ one.known.T, b @ two.known.T, rtol=0, atol=5e-3)
+    assert one.known.norm(dim=-1).sub(1).abs().max() < 1e-3
+
+
+@given(st.integers(0, 99), st.floats(-1e-13, 1e-13))
+def test_rounding_does_not_change_the_map(seed: int, noise: float) -> None:
+    x, labels = _wordings(6, 3, 20, seed)
+    generator = torch.Generator().manual_seed(seed)
+    other = x.double() * (1 + noise * torch.rand(x.shape, generator=generator))
+    for one, two in zip(RelationMap.fit(x, labels), RelationMap.fit(other, labels), strict=True):
+        assert one.numpy().tobytes() == two.numpy().tobytes()
 
 
 def test_nothing_to_learn() -> None:

@@ -218,6 +218,19 @@ class KeyIndex:
             raise ValueError("the key index is empty")
         return self.prepare().match(*self._padded(queries))
 
+    def find(self, queries: Sequence[TokenKeys], radius: float, lead: float) -> Tensor:
+        """Find the stored edit that each query asks for; see ``PreparedKeys.find``.
+
+        Returns:
+            The stored row, int64 ``[B]``, or -1, on the CPU.
+
+        Raises:
+            ValueError: the index is empty.
+        """
+        if not len(self):
+            raise ValueError("the key index is empty")
+        return self.prepare().find(*self._padded(queries), radius, lead)
+
     def like(self, prompts: Sequence[TokenKeys], radius: float) -> list[list[str]]:
         """By prompt, the stored edits that it and they could be taken for each other: those that
         score above ``radius``, asked with the prompt or, as if it were stored, with theirs."""

@@ -74,13 +74,17 @@ class RelationMap(NamedTuple):
             return white
 
         apart = whiten(means - centre)
-        _, size, directions = torch.linalg.svd(apart, full_matrices=False)
-        directions = directions[size > _RANK * size[0].clamp(min=1e-300)]
-        if not len(directions):
+        # An orthonormal basis of what tells relations apart, one relation after another: unlike
+        # singular vectors it hardly moves where rounding does.
+        directions, part = torch.linalg.qr(apart.T)
+        size = part.diagonal()
+        kept = size.abs() > _RANK * size.abs().amax().clamp(min=1e-300)
+        if not bool(kept.any()):
             return cls.empty(dim)
-        known = normalize(apart @ directions.T, dim=-1)
         # the whitening is symmetric: whitened directions project as whitened tokens would be
-        return cls(centre.float(), whiten(directions).T.float().contiguous(), known.float())
+        project = whiten((directions * size.sign())[:, kept].T).T
+        known = normalize((means - centre) @ project, dim=-1)
+        return cls(centre.float(), _eleven_bits(project), _eleven_bits(known))
 
     def apply(self, tokens: Tensor, kept: Tensor) -> Tensor:
         """The relations of prompts, fp32 ``[B, r]``, of length 1, or zero where nothing is kept.
@@ -93,6 +97,14 @@ class RelationMap(NamedTuple):
         count = kept.sum(1, keepdim=True)
         asked = (total / count.clamp(min=1) - self.centre) @ self.project
         return normalize(asked, dim=-1) * (count > 0)
+
+
+def _eleven_bits(x: Tensor) -> Tensor:
+    """fp32 with fp16's digits: the last bits of a factorisation differ from run to run, and a
+    resumed run is to end in the same bytes."""
+    scale = x.abs().amax().clamp(min=1e-300)
+    # + 0.0: a zero has no sign to differ in
+    return ((x / scale).half().float() * scale.float() + 0.0).contiguous()
 
 
 def around(named: Tensor, real: Tensor) -> Tensor:
