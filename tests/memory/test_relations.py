@@ -45,11 +45,16 @@ def _oracle(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return centred @ (known @ axes[:rank].T).T, centred @ centred.T
 
 
+def _apply(map_: RelationMap, x: Tensor) -> Tensor:
+    """What wordings of one token ask."""
+    return map_.apply(x.unsqueeze(1), torch.ones(len(x), 1, 1, dtype=torch.bool))[:, 0]
+
+
 @pytest.mark.parametrize(("relations", "each", "dim"), [(5, 4, 30), (12, 3, 8), (2, 2, 40)])
 def test_the_fit_is_its_definition(relations: int, each: int, dim: int) -> None:
     x, labels = _wordings(relations, each, dim)
     map_ = RelationMap.fit(x, labels)
-    asked = map_.apply(x.unsqueeze(1), torch.ones(len(x), 1, dtype=torch.bool))
+    asked = _apply(map_, x)
     to_known, to_others = _oracle(x, labels)
     torch.testing.assert_close(asked @ map_.known.T, to_known.float(), rtol=0, atol=2e-3)
     torch.testing.assert_close(asked @ asked.T, to_others.float(), rtol=0, atol=2e-3)
@@ -60,7 +65,7 @@ def test_new_wordings_are_told_apart_where_plain_cosines_fail() -> None:
     x, labels = _wordings(10, 12, 64)
     known, new = labels % 1 == 0, torch.arange(len(x)) % 12 >= 8
     map_ = RelationMap.fit(x[known & ~new], labels[~new])
-    asked = map_.apply(x[new].unsqueeze(1), torch.ones(int(new.sum()), 1, dtype=torch.bool))
+    asked = _apply(map_, x[new])
     assert (asked @ map_.known.T).argmax(1).eq(labels[new]).float().mean() > 0.95
     means = torch.stack([x[~new][labels[~new] == i].mean(0) for i in range(10)])
     plain = normalize(x[new] - x.mean(0), dim=-1) @ normalize(means - x.mean(0), dim=-1).T
@@ -70,9 +75,8 @@ def test_new_wordings_are_told_apart_where_plain_cosines_fail() -> None:
 @given(st.integers(0, 99), st.floats(-5, 5), st.floats(0.1, 10))
 def test_the_fit_ignores_where_and_how_large(seed: int, shift: float, scale: float) -> None:
     x, labels = _wordings(4, 3, 12, seed)
-    every = torch.ones(len(x), 1, dtype=torch.bool)
     one, two = RelationMap.fit(x, labels), RelationMap.fit(x * scale + shift, labels)
-    a, b = one.apply(x.unsqueeze(1), every), two.apply((x * scale + shift).unsqueeze(1), every)
+    a, b = _apply(one, x), _apply(two, x * scale + shift)
     torch.testing.assert_close(a @ one.known.T, b @ two.known.T, rtol=0, atol=5e-3)
     assert one.known.norm(dim=-1).sub(1).abs().max() < 1e-3
 
@@ -96,15 +100,15 @@ def test_nothing_to_learn() -> None:
         assert few.project.shape[0] == 6
     # One wording each: nothing is known of how wordings vary, and relations are still apart.
     alone = RelationMap.fit(x[::2], labels[::2])
-    asked = alone.apply(x[::2].unsqueeze(1), torch.ones(3, 1, dtype=torch.bool))
+    asked = _apply(alone, x[::2])
     assert (asked @ alone.known.T).argmax(1).tolist() == [0, 1, 2]
 
 
 def test_a_prompt_of_nothing_but_its_subject_asks_nothing() -> None:
     x, labels = _wordings(3, 4, 6)
     map_ = RelationMap.fit(x, labels)
-    kept = torch.tensor([[True, True], [False, False]])
-    asked = map_.apply(torch.full((2, 2, 6), 7.0), kept)
+    kept = torch.tensor([[[True, True]], [[False, False]]])
+    asked = map_.apply(torch.full((2, 2, 6), 7.0), kept)[:, 0]
     assert asked[1].eq(0).all() and math.isclose(float(asked[0].norm()), 1, abs_tol=1e-5)
 
 
@@ -113,10 +117,11 @@ def test_around(flags: list[tuple[bool, bool]]) -> None:
     named = torch.tensor([[n and r for n, r in flags]])
     real = torch.tensor([[r for _, r in flags]])
     places = [i for i, (n, r) in enumerate(flags) if n and r]
-    wanted = [
-        r and not n and any(abs(i - p) <= 12 for p in places) for i, (n, r) in enumerate(flags)
-    ]
-    assert around(named, real)[0].tolist() == wanted
+    for kept, width in zip(around(named, real)[0].tolist(), (12, 6, 3), strict=True):
+        assert kept == [
+            r and not (n and r) and any(abs(i - p) <= width for p in places)
+            for i, (n, r) in enumerate(flags)
+        ]
 
 
 # Words 30-39 are names, 40-59 say what is asked, the rest is common.

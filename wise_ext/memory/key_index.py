@@ -143,7 +143,7 @@ class KeyIndex:
         else is near them."""
         named = _subject(prompt).unsqueeze(0)
         tokens = self.map.tokens(prompt.activation[None], torch.ones_like(named))
-        return self.relations.apply(tokens, around(named, torch.ones_like(named)))[0]
+        return self.relations.apply(tokens, around(named, torch.ones_like(named)))[0, 0]
 
     def remove(self, edit_id: str) -> int:
         """Forget all keys of an edit and return how many entries there were."""

@@ -103,8 +103,9 @@ class PreparedKeys(NamedTuple):
         kept = around(named, real)
         asks = RelationMap(self.centre, self.project, self.known).apply(tokens, kept)
         own = self.asked[row]
-        lead = (asks @ self.known.T).amax(-1) - (asks * own).sum(-1)
-        told = kept.any(-1) & (own != 0).any(-1)
+        likeness = (asks @ own.unsqueeze(-1)).flatten(1).amax(-1)
+        lead = (asks @ self.known.T).flatten(1).amax(-1) - likeness
+        told = kept.flatten(1).any(-1) & (own != 0).any(-1)
         return torch.where(told, lead, -2.0)
 
 

@@ -19,8 +19,9 @@ from torch.nn.functional import max_pool1d, normalize
 _UNSEEN = 0.3
 # Directions weaker than this, beside the strongest, are rounding.
 _RANK = 1e-5
-# A question is within so many tokens of the subject's name.
-_NEAR = 12
+#: A question is within so many tokens of its subject's name. Templates and talk around it dilute
+#: the mean, so of a query the likest of these neighbourhoods counts.
+NEAR = (12, 6, 3)
 
 
 class RelationMap(NamedTuple):
@@ -87,14 +88,14 @@ class RelationMap(NamedTuple):
         return cls(centre.float(), _eleven_bits(project), _eleven_bits(known))
 
     def apply(self, tokens: Tensor, kept: Tensor) -> Tensor:
-        """The relations of prompts, fp32 ``[B, r]``, of length 1, or zero where nothing is kept.
+        """What prompts ask, fp32 ``[B, q, r]``, of length 1, or zero where nothing is kept.
 
         Args:
             tokens: standardised, ``[B, t, d]``.
-            kept: bool ``[B, t]``: the tokens of the question without those of its subject.
+            kept: bool ``[B, q, t]``: the tokens of each question without those of its subject.
         """
-        total = torch.where(kept.unsqueeze(-1), tokens, 0.0).sum(1)
-        count = kept.sum(1, keepdim=True)
+        total = kept.float() @ tokens
+        count = kept.sum(-1, keepdim=True)
         asked = (total / count.clamp(min=1) - self.centre) @ self.project
         return normalize(asked, dim=-1) * (count > 0)
 
@@ -108,11 +109,12 @@ def _eleven_bits(x: Tensor) -> Tensor:
 
 
 def around(named: Tensor, real: Tensor) -> Tensor:
-    """The real tokens near a subject's name but not of it, bool ``[B, t]``.
+    """The real tokens near a subject's name but not of it, bool ``[B, len(NEAR), t]``.
 
     Args:
         named: bool ``[B, t]``: the tokens of the name.
         real: bool ``[B, t]``.
     """
-    near = max_pool1d(named.float().unsqueeze(1), 2 * _NEAR + 1, stride=1, padding=_NEAR)
-    return (near.squeeze(1) > 0) & real & ~named
+    name = named.float().unsqueeze(1)
+    near = [max_pool1d(name, 2 * n + 1, stride=1, padding=n) > 0 for n in NEAR]
+    return torch.cat(near, dim=1) & (real & ~named).unsqueeze(1)
