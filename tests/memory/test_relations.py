@@ -236,6 +236,11 @@ def test_relations_are_stored_and_refused_like_the_rest() -> None:
         index.add([_about([0, 40, 35, 1], 0)._replace(subject=torch.ones(3))], [0], ["b"])
 
 
+def test_a_wording_has_to_ask_something() -> None:
+    with pytest.raises(ValueError, match="nothing but its subject"):
+        KeyIndex(made.DIM, relations=[[_about([30, 31], 0)], [_about([0, 30], 1)]])
+
+
 def test_edits_take_their_relation_along() -> None:
     index = _index()
     index.add([_about([0, w, 35, 1], w) for w in (40, 44, 48)], [0, 1, 2], ["a", "b", "c"])

@@ -47,7 +47,7 @@ class KeyIndex:
 
     Raises:
         ConfigError: the width is not positive.
-        ValueError: the background does not fit.
+        ValueError: the background does not fit, or a wording is nothing but its subject.
     """
 
     def __init__(
@@ -344,6 +344,8 @@ class KeyIndex:
         for number, wordings in enumerate(relations):
             for text in map(self._checked, wordings):
                 rest = text.activation[~_subject(text)]
+                if not len(rest):
+                    raise ValueError("a wording says nothing but its subject")
                 real = torch.ones(1, len(rest), dtype=torch.bool)
                 means.append(self.map.tokens(rest[None], real)[0].mean(0))
                 labels.append(number)
