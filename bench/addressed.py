@@ -59,7 +59,8 @@ def key_only_memory(
         slot = memory.add_shard(
             Shard.from_delta(torch.zeros(d_out, d_in, dtype=dtype), bits, 0, ids)
         )
-        keys = shop.coach.keys([e.prompt for e in edits], [e.subject for e in edits])
-        memory.key_index.add(keys, [slot] * len(keys), ids)
+        for edit in edits:
+            keys = shop.coach.addresses(edit.prompt, edit.subject)
+            memory.key_index.add(keys, [slot] * len(keys), [edit.id] * len(keys))
     model.train(training)
     return memory

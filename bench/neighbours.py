@@ -73,8 +73,9 @@ def measure(
     """For every radius and lead: the shares routed in (to any edit, to the right one) and out."""
     index = shop.empty_memory().key_index
     assert index is not None
-    keys = shop.coach.keys([n.prompt for n in stored], [n.subject for n in stored])
-    index.add(keys, list(range(len(stored))), [str(i) for i in range(len(stored))])
+    for i, n in enumerate(stored):
+        keys = shop.coach.addresses(n.prompt, n.subject)
+        index.add(keys, [i] * len(keys), [str(i)] * len(keys))
     inside = [(text, i) for i, n in enumerate(stored) for text in n.inside]
     outside = [text for n in stored for text in n.outside]
     texts = [*(text for text, _ in inside), *outside]
@@ -87,6 +88,7 @@ def measure(
             for lead in leads:
                 chunks = [queries[i : i + _CHUNK] for i in range(0, len(queries), _CHUNK)]
                 found = torch.cat([index.find(chunk, radius, lead) for chunk in chunks])
+                found = torch.where(found < 0, found, index.shards[found])
                 ours, theirs = found[: len(inside)], found[len(inside) :]
                 made.append(
                     {

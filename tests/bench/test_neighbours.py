@@ -48,14 +48,15 @@ def test_shares_are_those_of_single_questions(shop: Workshop, tmp_path: Path) ->
     assert [(r["radius"], r["lead"]) for r in made] == [(a, b) for a in radii for b in leads]
     index = shop.empty_memory().key_index
     assert index is not None
-    keys = shop.coach.keys([n.prompt for n in stored], [n.subject for n in stored])
-    index.add(keys, range(6), list("abcdef"))  # type: ignore[arg-type]
+    for i, n in enumerate(stored):
+        keys = shop.coach.addresses(n.prompt, n.subject)
+        index.add(keys, [i] * len(keys), [str(i)] * len(keys))
     for row in made:
-        found = {
-            text: int(index.find(shop.coach.keys([text], [None]), row["radius"], row["lead"])[0])
-            for n in stored
-            for text in (*n.inside, *n.outside)
-        }
+        found = {}
+        for text in (text for n in stored for text in (*n.inside, *n.outside)):
+            asked = shop.coach.keys([text], [None])
+            entry = int(index.find(asked, row["radius"], row["lead"])[0])
+            found[text] = int(index.ids[entry]) if entry >= 0 else -1
         inside = [(found[text], i) for i, n in enumerate(stored) for text in n.inside]
         outside = [found[text] for n in stored for text in n.outside]
         assert row["in"] == pytest.approx(sum(f >= 0 for f, _ in inside) / len(inside))

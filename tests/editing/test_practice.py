@@ -67,9 +67,8 @@ def test_rows_of_an_edit(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert coach.practice(EDIT) is practice
     target = encode_target(make.tokenizer, EDIT.target_new)
     assert practice.bare.labels.tolist() == target
-    assert practice.bare.key is not None
-    assert practice.bare.key.ids.tolist() == encode_prompt(make.tokenizer, EDIT.prompt)
-    assert all(row.key is None for row in practice.contexts + practice.wordings)
+    (address,) = practice.addresses
+    assert address.ids.tolist() == encode_prompt(make.tokenizer, EDIT.prompt)
 
 
 def test_each_edit_draws_contexts_of_its_own(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from wise_ext import Edit, WiseConfig
 from wise_ext.editing.practice import Coach
 from wise_ext.editing.prompts import encode_prompt, subject_tokens
 from wise_ext.editing.suffix import SuffixEngine
-from wise_ext.editing.wordings import examples, relations, reworded
+from wise_ext.editing.wordings import examples, moved, relations, reworded
 from wise_ext.models import layer_path
 
 
@@ -65,10 +65,11 @@ def test_a_recognised_question_is_practised_in_other_words(
     others = [coach._tokenizer.decode(ids) for ids in seen[1:]]
     assert len(set(others)) == len(practice.wordings) == 2
     assert set(others) <= {wording.format(name) for wording in relation.wordings}
-    key = practice.bare.key
-    assert key is not None and key.subject is not None
-    said = coach._tokenizer.decode(key.ids[key.subject].tolist())
-    assert "".join(said.split()) == "MinaTorvald"
+    key, elsewhere = practice.addresses
+    assert key.subject is not None and elsewhere.subject is not None
+    for each in (key, elsewhere):
+        said = coach._tokenizer.decode(each.ids[each.subject].tolist())
+        assert "".join(said.split()) == "MinaTorvald"
     assert coach.empty_index().asks(key).any()
 
 
@@ -79,12 +80,33 @@ def test_without_a_subject_in_the_prompt_there_are_no_other_words(
     edit = Edit(f"b{subject}", relations()[7].wordings[1].format("Mina"), "Oda", subject=subject)
     practice = coach.practice(edit)
     assert practice.wordings == []
-    assert practice.bare.key is not None and practice.bare.key.subject is None
+    (address,) = practice.addresses
+    assert address.subject is None
 
 
 def test_an_unknown_question_is_left_in_its_own_words(coach: Coach) -> None:
     edit = Edit("c", "zq 77 !! Mina xx", "Oda", subject="Mina")
     assert coach.practice(edit).wordings == []
+
+
+@pytest.mark.parametrize(
+    ("prompt", "other"),
+    [
+        ("Who taught Mina Torvald?", "Mina Torvald?"),
+        ("mina torvald was taught by", "So, mina torvald was taught by"),
+        ("Who taught Ann?", None),
+    ],
+)
+def test_a_name_is_known_at_the_beginning_of_a_text_and_within(
+    coach: Coach, prompt: str, other: str | None
+) -> None:
+    assert moved(prompt, " Mina Torvald") == other
+    assert moved("  Mina Torvald, who", "Mina Torvald") == "So, Mina Torvald, who"
+    assert moved(prompt, None) is None and moved(prompt, " ") is None
+    addresses = coach.addresses(prompt, "Mina Torvald")
+    texts = [prompt] if other is None else [prompt, other]
+    assert [a.ids.tolist() for a in addresses] == [coach._prompt(text) for text in texts]
+    assert len(coach.addresses(prompt, None)) == 1
 
 
 def test_subject_tokens(coach: Coach) -> None:

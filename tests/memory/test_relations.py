@@ -170,6 +170,27 @@ def test_of_two_edits_of_a_subject_the_one_that_is_asked_for_is_found() -> None:
     assert router.decide(*made.batch(asked)).tolist() == [0, 1, -1]
 
 
+def test_an_edit_in_two_wordings_asks_what_the_first_does() -> None:
+    index = _index()
+    first, second = _about([0, 40, 35, 1], seed=50), _about([2, 36, 1], seed=51)
+    index.add([first, second], [3, 3], ["a", "a"])
+    assert index.ids == ["a", "a"] and index.asked[0].equal(index.asked[1])
+    index.add([_about([0, 44, 37, 1], seed=52)], [4], ["b"])
+    asked = [made.text([2, word, 36], seed=word, noise=0.2) for word in (41, 45)]
+    assert _routes(index, asked, 0.5) == [1, -1]
+    index.reorder(["b", "a"])
+    assert index.ids == ["b", "a", "a"] and index.shards.tolist() == [4, 3, 3]
+    assert index.like([made.text([2, 41, 36], seed=1)], 0.4) == [["a"]]
+    assert index.remove("a") == 2 and index.ids == ["b"]
+
+
+def test_another_wording_of_an_edit_makes_no_word_common() -> None:
+    one, two = _index(), _index()
+    one.add([_about([0, 40, 35, 1], 50)], [0], ["a"])
+    two.add([_about([0, 40, 35, 1], 50), _about([35, 40, 0], 51)], [0, 0], ["a", "a"])
+    assert two.prepare().weights[0].equal(one.prepare().weights[0])
+
+
 def test_an_edit_that_does_not_name_its_subject_is_never_passed_over() -> None:
     index = _index()
     index.add([made.text([0, 40, 35, 1], seed=50)], [0], ["a"])

@@ -305,11 +305,12 @@ class Editor:
 
     def _add_keys(self, edits: list[Edit], slot: int) -> None:
         if self.memory.key_index is not None and edits:
-            self.memory.key_index.add(self._keys(edits), [slot] * len(edits), [e.id for e in edits])
+            found = [(e.id, key) for e in edits for key in self._shop.coach.practice(e).addresses]
+            names, keys = zip(*found, strict=True)
+            self.memory.key_index.add(keys, [slot] * len(keys), names)
 
     def _keys(self, edits: list[Edit]) -> list[TokenKeys]:
-        keys = [self._shop.coach.practice(e).bare.key for e in edits]
-        return [key for key in keys if key is not None]
+        return [key for e in edits for key in self._shop.coach.practice(e).addresses[:1]]
 
     def _renumber(self) -> None:
         """After an undo: steps without a gap, slots and keys in the ledger's order."""

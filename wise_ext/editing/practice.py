@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,7 +23,7 @@ from wise_ext.editing.prompts import (
 )
 from wise_ext.editing.rows import Row
 from wise_ext.editing.suffix import SuffixEngine
-from wise_ext.editing.wordings import examples, reworded
+from wise_ext.editing.wordings import examples, moved, reworded
 from wise_ext.memory import KeyIndex, TokenKeys
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ _PAPER_OUTPUT_NORM = 100.0
 class Practice:
     """An edit's captured rows: the bare prompt, the prompt in its contexts, other wordings of it,
     shorter or of another form (practised as far as it goes: two edits may share one), and (where
-    margins are trained) an unrelated prompt."""
+    margins are trained) an unrelated prompt; and what it is found by."""
 
     edit: Edit
     bare: Row
@@ -50,6 +50,7 @@ class Practice:
     wordings: list[Row]
     unrelated: Row | None
     locality_prompt: str | None
+    addresses: list[TokenKeys]
 
 
 class Coach:
@@ -112,6 +113,16 @@ class Coach:
             for key, prompt, subject in zip(keys, prompts, subjects, strict=True)
         ]
 
+    def addresses(self, prompt: str, subject: str | None) -> list[TokenKeys]:
+        """What an edit is found by: the keys of its prompt, and of its subject's name elsewhere in
+        a text, where that is written in other tokens. Empty without a key layer."""
+        if self.engine.key_projection is None:
+            return []
+        texts = [text for text in (prompt, moved(prompt, subject)) if text]
+        keys = self.keys(texts, [subject] * len(texts))
+        names = {tuple(k.ids[k.subject].tolist()) for k in keys if k.subject is not None}
+        return keys if len(names) > 1 else keys[:1]
+
     def margins(self) -> Margins:
         """Eq. 5's margins: those given, or the paper's in proportion to the model.
 
@@ -137,7 +148,8 @@ class Coach:
             prompts.append(encode_prompt(self._tokenizer, edit.prompt, chat=True))
             targets.append(encode_target(self._tokenizer, edit.target_new, stop=True, chat=True))
         others = [shorter(edit.prompt, edit.subject, rng) for _ in range(c.shortened)]
-        others += self._reworded(edit, rng)
+        addresses = self.addresses(edit.prompt, edit.subject)
+        others += self._reworded(edit, addresses, rng)
         wordings = [self._prompt(text) for text in others if text is not None]
         unrelated = edit.locality_prompt
         apart: list[list[int]] = []
@@ -148,10 +160,6 @@ class Coach:
             [*prompts, *wordings, *apart],
             [*targets, *[target] * len(wordings), *[[] for _ in apart]],
         )
-        if bare.key is not None:
-            bare = replace(bare, key=self._about(bare.key, edit.prompt, edit.subject))
-        # Routing looks at the bare prompt alone.
-        rows = [replace(row, key=None) for row in rows]
         contexts = len(prompts) - 1
         return Practice(
             edit=edit,
@@ -160,13 +168,16 @@ class Coach:
             wordings=rows[contexts : contexts + len(wordings)],
             unrelated=rows[-1] if apart else None,
             locality_prompt=unrelated,
+            addresses=addresses,
         )
 
-    def _reworded(self, edit: Edit, rng: random.Random) -> list[str]:
+    def _reworded(
+        self, edit: Edit, addresses: Sequence[TokenKeys], rng: random.Random
+    ) -> list[str]:
         """The edit's question in other forms, where it is recognised."""
         if self._index is None or edit.subject is None or not self._config.reworded:
             return []
-        asked = self._index.asks(self.keys([edit.prompt], [edit.subject])[0])
+        asked = self._index.asks(addresses[0])
         likeness, number = (self._index.relations.known @ asked).max(0)
         if float(likeness) < _RECOGNISED:
             return []

@@ -12,8 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wise_ext.memory import TokenKeys
-
 
 @dataclass
 class Row:
@@ -23,7 +21,6 @@ class Row:
     memory's output is added to: block L's output, or (``inputs`` [t, d_model] given) the
     projection's, where block L does more than add it to the residual stream.
     ``labels`` are the token ids predicted from position ``prompt_length - 1`` onwards.
-    ``key`` holds the prompt's last tokens at the routing layer, where one was asked for.
     """
 
     activation: Tensor
@@ -31,7 +28,6 @@ class Row:
     inputs: Tensor | None
     prompt_length: int
     labels: Tensor
-    key: TokenKeys | None
 
     def __len__(self) -> int:
         return self.activation.shape[0]

@@ -111,7 +111,6 @@ class SuffixEngine:
                     inputs=None if self.additive else seen["inputs"][at, :n].clone(),
                     prompt_length=len(prompts[i]),
                     labels=labels,
-                    key=_key(prompts[i], seen["key"][at]) if "key" in seen else None,
                 )
         return [rows[i] for i in range(len(sequences))]
 
@@ -119,8 +118,6 @@ class SuffixEngine:
         """What a run up to block L shows of these rows, [rows, width, d] by name."""
         seen: dict[str, Tensor] = {}
         with ExitStack() as stack:
-            if self.key_projection is not None:
-                stack.enter_context(watch(self.key_projection, "key", seen, entering=True))
             stack.enter_context(watch(self.projection, "activation", seen, entering=True))
             stack.enter_context(watch(self.blocks[self.index], "inputs", seen, entering=True))
             last = self.blocks[self.index] if self.additive else self.projection

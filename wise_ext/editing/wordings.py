@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from functools import cache
 from importlib import resources
 from typing import Any, NamedTuple
@@ -43,6 +44,20 @@ def reworded(number: int, subject: str, count: int, rng: random.Random) -> list[
     wordings = relations()[number].wordings
     drawn = rng.sample(wordings, min(count, len(wordings)))
     return [wording.format(subject) for wording in drawn]
+
+
+def moved(prompt: str, subject: str | None) -> str | None:
+    """The prompt with its subject's name at the beginning of the text, or, if it stands there, no
+    longer; None where the prompt does not name it.
+
+    Most tokenizers write a word at the beginning of a text as other tokens than within it, so a
+    name has to be known both ways.
+    """
+    name = (subject or "").strip()
+    found = re.search(re.escape(name), prompt, re.IGNORECASE) if name else None
+    if found is None:
+        return None
+    return prompt[found.start() :] if prompt[: found.start()].strip() else f"So, {prompt.strip()}"
 
 
 @cache

@@ -22,7 +22,7 @@ from torch.nn.functional import normalize
 
 from wise_ext.errors import ConfigError
 from wise_ext.memory.matching import PreparedKeys
-from wise_ext.memory.relations import RelationMap, around
+from wise_ext.memory.relations import RelationMap, around, fit_relations
 from wise_ext.memory.token_keys import TokenKeys, TokenMap, random_signs, standardise
 
 #: Tokens of an edit that are kept, and those that are compared: its rarest ones.
@@ -35,6 +35,8 @@ _LEAST_RARITY = 0.02
 
 class KeyIndex:
     """The stored edits of a memory, each with its token keys and its shard.
+
+    An edit may be stored in several wordings: as many entries, all with its id.
 
     Args:
         dim: length of an activation.
@@ -70,7 +72,9 @@ class KeyIndex:
         self.texts = len(texts)
         common = Counter(token for t in texts for token in set(t.ids.tolist()))
         self.common = torch.tensor(sorted(common.items()), dtype=torch.int64).view(-1, 2)
-        self.relations = self._fitted(relations)
+        self.relations = fit_relations(
+            [[self._checked(text) for text in wordings] for wordings in relations], self.map
+        )
         self.ids: list[str] = []
         self.asked = torch.zeros(0, self.relations.project.shape[1], dtype=torch.int8)
         self.named = torch.zeros(0, dtype=torch.bool)
@@ -105,7 +109,8 @@ class KeyIndex:
         Args:
             prompts: one an edit, of at least one token; of long ones the rarest are kept.
             shards: the shard of each, >= 0.
-            ids: the edit of each.
+            ids: the edit of each. One that is there already is stored in another wording, too;
+                what it asks is told by the first.
 
         Raises:
             ValueError: lengths differ, a shard is negative, or a key is not finite.
@@ -117,7 +122,8 @@ class KeyIndex:
             raise ValueError("a key belongs to a shard >= 0")
         common = dict(self.common.tolist())
         tokens, keys, named, asked = [self.tokens], [self.keys], [self.named], [self.asked]
-        for prompt in map(self._checked, prompts):
+        known = {name: self.asked[i : i + 1] for i, name in enumerate(self.ids)}
+        for name, prompt in zip(ids, map(self._checked, prompts), strict=True):
             if not len(prompt.ids):
                 raise ValueError("a prompt without tokens has no key")
             seen = torch.tensor([common.get(token, 0) for token in prompt.ids.tolist()])
@@ -126,9 +132,10 @@ class KeyIndex:
             key = self.map.apply(prompt.activation[None], real)[0, kept]
             keys.append(_eight_bits(key))
             tokens.append(prompt.ids[kept].to(torch.int32))
-            subject = _subject(prompt)
-            named.append(subject[kept])
-            asked.append(_eight_bits(self.asks(prompt).unsqueeze(0)))
+            named.append(prompt.named()[kept])
+            if name not in known:
+                known[name] = _eight_bits(self.asks(prompt).unsqueeze(0))
+            asked.append(known[name])
         self.keys, self.tokens = torch.cat(keys), torch.cat(tokens)
         self.named, self.asked = torch.cat(named), torch.cat(asked)
         lengths = torch.tensor([len(t) for t in tokens[1:]], dtype=torch.int32)
@@ -141,32 +148,34 @@ class KeyIndex:
         """What a prompt asks about its subject: a direction, fp32 ``[r]``, to be compared with
         ``relations.known``; zero where it does not say which tokens are the subject's, or nothing
         else is near them."""
-        named = _subject(prompt).unsqueeze(0)
+        named = prompt.named().unsqueeze(0)
         tokens = self.map.tokens(prompt.activation[None], torch.ones_like(named))
         return self.relations.apply(tokens, around(named, torch.ones_like(named)))[0, 0]
 
     def remove(self, edit_id: str) -> int:
-        """Forget all keys of an edit and return how many entries there were."""
+        """Forget an edit in all its wordings and return how many entries there were."""
         before = len(self)
         self._keep([name != edit_id for name in self.ids])
         return before - len(self)
 
     def place(self, shards: Sequence[int]) -> None:
-        """Name the shard of every stored edit, in order."""
+        """Name the shard of every entry, in order."""
         self.shards = torch.tensor(list(shards), dtype=torch.int32)
         self._prepared = None
 
     def reorder(self, ids: Sequence[str]) -> None:
-        """Keep the edits named, in this order.
+        """Keep the edits named, in this order, each in all its wordings.
 
         Raises:
             ValueError: one of them has no key.
         """
-        places = {name: place for place, name in enumerate(self.ids)}
+        places: dict[str, list[int]] = {}
+        for place, name in enumerate(self.ids):
+            places.setdefault(name, []).append(place)
         missing = [name for name in ids if name not in places]
         if missing:
             raise ValueError(f"no key of {missing[0]!r}")
-        order = [places[name] for name in ids]
+        order = [place for name in ids for place in places[name]]
         sizes = self.lengths.tolist()
         for name in _BY_TOKEN:
             tensor = getattr(self, name)
@@ -174,7 +183,7 @@ class KeyIndex:
             setattr(self, name, torch.cat([tensor[:0], *(parts[i] for i in order)]))
         for name in _BY_EDIT:
             setattr(self, name, getattr(self, name)[order])
-        self.ids = list(ids)
+        self.ids = [self.ids[i] for i in order]
         self._prepared = None
 
     def renumber(self, new_shard: Sequence[int]) -> None:
@@ -247,7 +256,8 @@ class KeyIndex:
         best = best.scatter_reduce(1, edit.expand_as(cosines), cosines, "amax")
         asking = (weights.unsqueeze(-1) * best.view(*weights.shape, -1)).sum(1)
         near = torch.maximum(asked, asking) > radius
-        return [[self.ids[i] for i in row.nonzero().flatten().tolist()] for row in near]
+        names = ((self.ids[i] for i in row.nonzero().flatten().tolist()) for row in near)
+        return [list(dict.fromkeys(row)) for row in names]
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Return every tensor by name."""
@@ -308,12 +318,14 @@ class KeyIndex:
     def _rarity(self) -> Tensor:
         """How rare each stored token is, fp32 ``[M]`` in [0.02, 1]: one minus log of the texts that
         hold it over log of all texts. An edit's own prompt does not make its tokens common."""
-        edit = torch.arange(len(self)).repeat_interleave(self.lengths.long())
+        number = {name: i for i, name in enumerate(dict.fromkeys(self.ids))}
+        edit = torch.tensor([number[name] for name in self.ids], dtype=torch.int64)
+        edit = edit.repeat_interleave(self.lengths.long())
         each = torch.unique(torch.stack([self.tokens.long(), edit], 1), dim=0)[:, 0]
         seen = torch.cat([each, self.common[:, 0].repeat_interleave(self.common[:, 1])])
         token, count = torch.unique(seen, return_counts=True)
         holding = count[torch.searchsorted(token, self.tokens.long())]
-        total = math.log(max(2, self.texts + len(self)))
+        total = math.log(max(2, self.texts + len(number)))
         rarity: Tensor = 1 - holding.float().log() / total
         return rarity.clamp(min=_LEAST_RARITY)
 
@@ -338,21 +350,6 @@ class KeyIndex:
             raise ValueError(f"subject must be bool [{len(ids)}], got {list(subject.shape)}")
         return TokenKeys(ids, raw, subject).last()
 
-    def _fitted(self, relations: Sequence[Sequence[TokenKeys]]) -> RelationMap:
-        """The relation map of these wordings, standardised as everything else is."""
-        means, labels = [], []
-        for number, wordings in enumerate(relations):
-            for text in map(self._checked, wordings):
-                rest = text.activation[~_subject(text)]
-                if not len(rest):
-                    raise ValueError("a wording says nothing but its subject")
-                real = torch.ones(1, len(rest), dtype=torch.bool)
-                means.append(self.map.tokens(rest[None], real)[0].mean(0))
-                labels.append(number)
-        if not means:
-            return RelationMap.empty(self.dim)
-        return RelationMap.fit(torch.stack(means), torch.tensor(labels))
-
     def _keep(self, wanted: list[bool]) -> None:
         chosen = torch.tensor(wanted, dtype=torch.bool)
         each = chosen.repeat_interleave(self.lengths.long())
@@ -362,12 +359,6 @@ class KeyIndex:
             setattr(self, name, getattr(self, name)[chosen])
         self.ids = [name for name, keep in zip(self.ids, wanted, strict=True) if keep]
         self._prepared = None
-
-
-def _subject(prompt: TokenKeys) -> Tensor:
-    """Which tokens name the subject, bool ``[t]``; none where the prompt does not say."""
-    none = torch.zeros(len(prompt.ids), dtype=torch.bool)
-    return none if prompt.subject is None else prompt.subject
 
 
 def _eight_bits(rows: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ _CHUNK = 4096
 # A token of a query with this cosine to one of a subject's name is that name (measured: from .3 to
 # .7 it makes no difference).
 _SAME_WORD = 0.5
-# An edit may be passed over for another relation; so many of the best are looked at.
-_CANDIDATES = 4
+# An edit may be passed over for another relation; so many of the best entries are looked at.
+_CANDIDATES = 6
 
 
 class PreparedKeys(NamedTuple):

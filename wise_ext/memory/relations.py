@@ -9,11 +9,14 @@ differ (Fisher, 1936). Both are measured, in closed form, on wordings of known r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import max_pool1d, normalize
+
+from wise_ext.memory.token_keys import TokenKeys, TokenMap
 
 # Variation that the known wordings did not show, as a share of the mean of what they did.
 _UNSEEN = 0.3
@@ -98,6 +101,26 @@ class RelationMap(NamedTuple):
         count = kept.sum(-1, keepdim=True)
         asked = (total / count.clamp(min=1) - self.centre) @ self.project
         return normalize(asked, dim=-1) * (count > 0)
+
+
+def fit_relations(relations: Sequence[Sequence[TokenKeys]], tokens: TokenMap) -> RelationMap:
+    """The map of these relations: of each, wordings that say which tokens name their subject.
+
+    Raises:
+        ValueError: a wording says nothing but its subject.
+    """
+    means, labels = [], []
+    for number, wordings in enumerate(relations):
+        for text in wordings:
+            rest = text.activation[~text.named()]
+            if not len(rest):
+                raise ValueError("a wording says nothing but its subject")
+            real = torch.ones(1, len(rest), dtype=torch.bool)
+            means.append(tokens.tokens(rest[None], real)[0].mean(0))
+            labels.append(number)
+    if not means:
+        return RelationMap.empty(len(tokens.mean))
+    return RelationMap.fit(torch.stack(means), torch.tensor(labels))
 
 
 def _eleven_bits(x: Tensor) -> Tensor:

@@ -31,6 +31,12 @@ class TokenKeys(NamedTuple):
     activation: Tensor
     subject: Tensor | None = None
 
+    def named(self) -> Tensor:
+        """Which tokens name the subject, bool ``[t]``; none where that is not known."""
+        if self.subject is None:
+            return torch.zeros(len(self.ids), dtype=torch.bool)
+        return self.subject
+
     def last(self) -> TokenKeys:
         """The last ``WINDOW`` of them."""
         subject = None if self.subject is None else self.subject[-WINDOW:]
