@@ -92,7 +92,7 @@ def test_an_unknown_question_is_left_in_its_own_words(coach: Coach) -> None:
 @pytest.mark.parametrize(
     ("prompt", "other"),
     [
-        ("Who taught Mina Torvald?", "Mina Torvald?"),
+        ("Who taught Mina Torvald?", "Mina Torvald? Who taught"),
         ("mina torvald was taught by", "So, mina torvald was taught by"),
         ("Who taught Ann?", None),
     ],

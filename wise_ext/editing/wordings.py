@@ -47,17 +47,19 @@ def reworded(number: int, subject: str, count: int, rng: random.Random) -> list[
 
 
 def moved(prompt: str, subject: str | None) -> str | None:
-    """The prompt with its subject's name at the beginning of the text, or, if it stands there, no
-    longer; None where the prompt does not name it.
+    """The prompt's words with its subject's name at the beginning of the text, or, if it stands
+    there, no longer; None where the prompt does not name it.
 
     Most tokenizers write a word at the beginning of a text as other tokens than within it, so a
-    name has to be known both ways.
+    name has to be known both ways. No word is left out: a name alone is found in any text that has
+    a word like it.
     """
     name = (subject or "").strip()
     found = re.search(re.escape(name), prompt, re.IGNORECASE) if name else None
     if found is None:
         return None
-    return prompt[found.start() :] if prompt[: found.start()].strip() else f"So, {prompt.strip()}"
+    before = prompt[: found.start()].strip()
+    return f"{prompt[found.start() :]} {before}" if before else f"So, {prompt.strip()}"
 
 
 @cache
