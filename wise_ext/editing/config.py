@@ -71,7 +71,7 @@ class WiseConfig:
     layer: str | int = "auto"
     key_layer: str | int = "auto"
     router: str = "key"
-    radius: float = 0.58
+    radius: float = 0.54
     lead: float = 0.7
     variant: str = "retrieve"
     mask_ratio: float = 0.2
