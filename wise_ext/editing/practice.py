@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 #: Prompts run at a time.
 _CHUNK = 32
+# Neutral prompts that the margins' unit is measured on.
+_SAMPLE = 16
 # Cosine to a known relation above which a prompt is taken to ask just that.
 _RECOGNISED = 0.6
 # The paper's margins suit projections whose output has about this norm a token.
@@ -132,7 +134,7 @@ class Coach:
         c = self._config
         if c.alpha is not None and c.beta is not None and c.gamma is not None:
             return Margins(c.alpha, c.beta, c.gamma)
-        prompts = [self._prompt(text) for text in neutral_prompts()[:_CHUNK]]
+        prompts = [self._prompt(text) for text in neutral_prompts()[:_SAMPLE]]
         rows = self.engine.capture(prompts, [[]] * len(prompts))
         scale = self.engine.output_norm(rows) / _PAPER_OUTPUT_NORM
         return Margins(*(scale * m for m in _PAPER_MARGINS))

@@ -54,17 +54,22 @@ def subject_tokens(
         One flag a token; None where the prompt does not name the subject, or the tokenizer (a slow
         one) cannot say where its tokens come from.
     """
-    if not subject or not subject.strip() or not tokenizer.is_fast:
-        return None
     text = _as_read(tokenizer, prompt, chat)
-    named = [m.span() for m in re.finditer(re.escape(subject.strip()), text, re.IGNORECASE)]
-    if not named:
+    named = mentions(text, subject)
+    if not named or not tokenizer.is_fast:
         return None
     encoded = tokenizer(
         text, add_special_tokens=not chat, return_offsets_mapping=True, verbose=False
     )
     spans = encoded["offset_mapping"][: len(encode_prompt(tokenizer, prompt, chat))]
     return [any(a < end and b > start for start, end in named) for a, b in spans]
+
+
+def mentions(text: str, subject: str | None) -> list[tuple[int, int]]:
+    """Where a text names a subject, in any case: the beginning and the end of each place."""
+    name = (subject or "").strip()
+    found = re.finditer(re.escape(name), text, re.IGNORECASE) if name else ()
+    return [match.span() for match in found]
 
 
 def encode_target(

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import random
-import re
 from functools import cache
 from importlib import resources
 from typing import Any, NamedTuple
+
+from wise_ext.editing.prompts import mentions
 
 
 class Relation(NamedTuple):
@@ -54,12 +55,12 @@ def moved(prompt: str, subject: str | None) -> str | None:
     name has to be known both ways. No word is left out: a name alone is found in any text that has
     a word like it.
     """
-    name = (subject or "").strip()
-    found = re.search(re.escape(name), prompt, re.IGNORECASE) if name else None
-    if found is None:
+    named = mentions(prompt, subject)
+    if not named:
         return None
-    before = prompt[: found.start()].strip()
-    return f"{prompt[found.start() :]} {before}" if before else f"So, {prompt.strip()}"
+    start, _ = named[0]
+    before = prompt[:start].strip()
+    return f"{prompt[start:]} {before}" if before else f"So, {prompt.strip()}"
 
 
 @cache

@@ -99,7 +99,8 @@ def _keys(memory: SideMemory) -> tuple[bool, str]:
     if index is None:
         return True, "no key index"
     # Keys are whole numbers; what they are compared through is not.
-    if not bool(index.mean.isfinite().all() and index.scale.isfinite().all()):
+    compared_through = (index.mean, index.scale, *index.relations)
+    if not all(bool(tensor.isfinite().all()) for tensor in compared_through):
         raise StorageError("the key index compares by numbers that are not finite: edit again")
     homes = {name: place for place, s in enumerate(memory.shards) for name in s.edit_ids}
     pairs = zip(index.ids, index.shards.tolist(), strict=True)
@@ -109,7 +110,7 @@ def _keys(memory: SideMemory) -> tuple[bool, str]:
     unkeyed = sorted(homes.keys() - set(index.ids)) if memory.routing == "key" else []
     if unkeyed:
         raise StorageError(f"edits without a key, which no prompt can reach: {_few(unkeyed)}")
-    return True, f"{len(index)} edits by {len(index.tokens)} keys of {index.width} numbers"
+    return True, f"{len(set(index.ids))} edits by {len(index.tokens)} keys of {index.width} numbers"
 
 
 def _agree(memory: SideMemory, ledger: list[dict[str, Any]]) -> tuple[bool, str]:
