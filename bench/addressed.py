@@ -59,8 +59,7 @@ def key_only_memory(
         slot = memory.add_shard(
             Shard.from_delta(torch.zeros(d_out, d_in, dtype=dtype), bits, 0, ids)
         )
-        for edit in edits:
-            keys = shop.coach.addresses(edit.prompt, edit.subject)
-            memory.key_index.add(keys, [slot] * len(keys), [edit.id] * len(keys))
+        keys = [shop.coach.addresses(edit.prompt, edit.subject) for edit in edits]
+        memory.key_index.add_worded(keys, [slot] * len(keys), ids)
     model.train(training)
     return memory

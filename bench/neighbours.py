@@ -73,9 +73,9 @@ def measure(
     """For every radius and lead: the shares routed in (to any edit, to the right one) and out."""
     index = shop.empty_memory().key_index
     assert index is not None
-    for i, n in enumerate(stored):
-        keys = shop.coach.addresses(n.prompt, n.subject)
-        index.add(keys, [i] * len(keys), [str(i)] * len(keys))
+    keys = [shop.coach.addresses(n.prompt, n.subject) for n in stored]
+    places = range(len(stored))
+    index.add_worded(keys, places, [str(i) for i in places])
     inside = [(text, i) for i, n in enumerate(stored) for text in n.inside]
     outside = [text for n in stored for text in n.outside]
     texts = [*(text for text, _ in inside), *outside]

@@ -305,9 +305,8 @@ class Editor:
 
     def _add_keys(self, edits: list[Edit], slot: int) -> None:
         if self.memory.key_index is not None and edits:
-            found = [(e.id, key) for e in edits for key in self._shop.coach.practice(e).addresses]
-            names, keys = zip(*found, strict=True)
-            self.memory.key_index.add(keys, [slot] * len(keys), names)
+            keys = [self._shop.coach.practice(e).addresses for e in edits]
+            self.memory.key_index.add_worded(keys, [slot] * len(keys), [e.id for e in edits])
 
     def _keys(self, edits: list[Edit]) -> list[TokenKeys]:
         return [key for e in edits for key in self._shop.coach.practice(e).addresses[:1]]

@@ -144,6 +144,14 @@ class KeyIndex:
         self.ids = [*self.ids, *ids]
         self._prepared = None
 
+    def add_worded(
+        self, edits: Sequence[Sequence[TokenKeys]], shards: Sequence[int], ids: Sequence[str]
+    ) -> None:
+        """Store edits in one or more wordings each; otherwise as ``add``."""
+        triples = zip(edits, shards, ids, strict=True)
+        flat = [(key, shard, name) for keys, shard, name in triples for key in keys]
+        self.add([key for key, _, _ in flat], [s for _, s, _ in flat], [n for _, _, n in flat])
+
     def asks(self, prompt: TokenKeys) -> Tensor:
         """What a prompt asks about its subject: a direction, fp32 ``[r]``, to be compared with
         ``relations.known``; zero where it does not say which tokens are the subject's, or nothing
