@@ -75,14 +75,16 @@ def oracle(
         return float(one @ two / (one.norm() * two.norm()))
 
     behind = [set(t.ids.tolist()) for t in background]
-    kept: list[list[tuple[int, Tensor]]] = []
+    kept: list[list[tuple[int, Tensor, bool]]] = []
     for prompt in prompts:
-        tokens = list(zip(prompt.ids.tolist()[-64:], keys(prompt), strict=True))
+        flags = prompt.named().tolist()[-64:]
+        tokens = list(zip(prompt.ids.tolist()[-64:], keys(prompt), flags, strict=True))
         by_rarity = sorted(
-            range(len(tokens)), key=lambda i, t=tokens: sum(t[i][0] in text for text in behind)
+            range(len(tokens)),
+            key=lambda i, t=tokens: -1 if t[i][2] else sum(t[i][0] in text for text in behind),
         )
         kept.append([tokens[i] for i in sorted(by_rarity[:16])])
-    texts = behind + [{token for token, _ in edit} for edit in kept]
+    texts = behind + [{token for token, _, _ in edit} for edit in kept]
 
     def rarity(token: int) -> float:
         holding = sum(token in text for text in texts)
@@ -91,8 +93,9 @@ def oracle(
     asked = keys(query)
     scores = []
     for edit in kept:
-        rarest = sorted(range(len(edit)), key=lambda i, e=edit: -rarity(e[i][0]))[:8]
-        cubes = {i: rarity(edit[i][0]) ** 3 for i in rarest}
+        says = any(named for _, _, named in edit)
+        rarest = sorted(range(len(edit)), key=lambda i, e=edit: (not e[i][2], -rarity(e[i][0])))[:8]
+        cubes = {i: rarity(edit[i][0]) ** 3 * (edit[i][2] or not says) for i in rarest}
         score = 0.0
         for i in rarest:
             weight = 0.85 * cubes[i] / sum(cubes.values()) + 0.15 / len(rarest)
@@ -110,6 +113,13 @@ PROMPTS = [
     # More words than are compared, and more than are kept.
     text([0, *range(35, 46), 1], seed=5, noise=0.2),
     text([0, 1, 2, 3, *range(20, 30), *range(46, 54), 31], seed=6, noise=0.2),
+]
+# The same, of which some say which words are their subject's name.
+NAMED = [
+    prompt._replace(subject=torch.isin(prompt.ids, torch.tensor(name)))
+    for prompt, name in zip(
+        PROMPTS, ([31], [9, 33], [34], [59], [44, 45, 1], [*range(22, 30), 31]), strict=True
+    )
 ]
 QUERIES = [
     text([0, 31, 32, 5, 1], seed=11, noise=0.4),

@@ -18,12 +18,13 @@ from wise_ext.memory.token_keys import WINDOW, last_tokens
 Draw = Callable[..., Tensor]
 
 
-def test_scores_match_the_definition() -> None:
-    index = made.filled(made.PROMPTS)
+@pytest.mark.parametrize("prompts", [made.PROMPTS, made.NAMED])
+def test_scores_match_the_definition(prompts: list[TokenKeys]) -> None:
+    index = made.filled(prompts)
     assert index.lengths.tolist() == [5, 6, 1, 4, 13, 16]
     scores = index.prepare().scores(*made.batch(made.QUERIES))
     assert scores.shape == (5, 6)
-    wanted = torch.tensor([made.oracle(made.PROMPTS, made.background(), q) for q in made.QUERIES])
+    wanted = torch.tensor([made.oracle(prompts, made.background(), q) for q in made.QUERIES])
     # Keys are rounded to 1/127 of their largest entry.
     torch.testing.assert_close(scores, wanted, rtol=0, atol=0.01)
     score, row = index.nearest(made.QUERIES)
@@ -34,11 +35,15 @@ def test_scores_match_the_definition() -> None:
 words = st.lists(st.integers(0, 59), min_size=1, max_size=22)
 
 
-@given(st.lists(words, min_size=1, max_size=6), words, st.integers(0, 99))
+@given(
+    st.lists(words, min_size=1, max_size=6), words, st.sets(st.integers(0, 59)), st.integers(0, 99)
+)
 def test_scores_match_the_definition_of_any_texts(
-    prompts: list[list[int]], query: list[int], seed: int
+    prompts: list[list[int]], query: list[int], names: set[int], seed: int
 ) -> None:
     stored = [made.text(ids, seed=seed + i, noise=0.3) for i, ids in enumerate(prompts)]
+    named = torch.tensor(sorted(names), dtype=torch.int64)
+    stored = [text._replace(subject=torch.isin(text.ids, named)) for text in stored]
     asked = made.text(query, seed=seed + 50, noise=0.3)
     scores = made.filled(stored).prepare().scores(*made.batch([asked]))[0]
     wanted = torch.tensor(made.oracle(stored, made.background(), asked))

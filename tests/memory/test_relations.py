@@ -184,6 +184,24 @@ def test_an_edit_in_two_wordings_asks_what_the_first_does() -> None:
     assert index.remove("a") == 2 and index.ids == ["b"]
 
 
+def test_in_another_wording_an_edit_is_known_by_its_name_alone() -> None:
+    index = _index()
+    index.add([_about([0, 40, 35, 1], 50), _about([36, 37, 40, 1], 51)], [0, 0], ["a", "a"])
+    assert index.tokens.tolist() == [0, 40, 35, 1, 36, 37]
+    assert index.named.tolist() == [False, False, True, False, True, True]
+    # One that does not say what its subject is keeps all of it.
+    index.add([made.text([0, 40, 38], 52), made.text([38, 40, 0], 53)], [1, 1], ["b", "b"])
+    assert index.lengths.tolist() == [4, 2, 3, 3]
+
+
+def test_the_words_of_a_question_do_not_help_another_subject() -> None:
+    stored, asked = [0, 40, 59, 35, 1], made.text([2, 40, 59, 36], seed=60, noise=0.2)
+    told, untold = _index(), _index()
+    told.add([_about(stored, 50)], [0], ["a"])
+    untold.add([made.text(stored, 50, noise=0.2)], [0], ["a"])
+    assert float(told.nearest([asked])[0]) < 0.4 < 0.5 < float(untold.nearest([asked])[0])
+
+
 def test_another_wording_of_an_edit_makes_no_word_common() -> None:
     one, two = _index(), _index()
     one.add([_about([0, 40, 35, 1], 50)], [0], ["a"])
@@ -220,7 +238,7 @@ def test_a_search_is_the_definition_row_by_row(seed: int, lead: float) -> None:
     wanted = []
     for query in queries:
         scores = prepared.scores(*made.batch([query]))[0]
-        best = sorted(range(6), key=lambda i, s=scores: (round(float(s[i]), 5), i))[:-5:-1]
+        best = sorted(range(6), key=lambda i, s=scores: (round(float(s[i]), 5), i))[::-1]
         passed = [i for i in best if scores[i] > 0.4 and _ahead(index, stored[i], query) <= lead]
         wanted.append(passed[0] if passed else -1)
     assert _routes(index, queries, lead) == wanted
@@ -232,8 +250,8 @@ def _ahead(index: KeyIndex, stored: TokenKeys, query: TokenKeys) -> float:
     asks = index.asks(query._replace(subject=torch.isin(query.ids, name)))
     own = index.asks(stored)
     if not asks.any() or not own.any():
-        return -2.0
-    return float((index.relations.known @ asks).max() - own @ asks)
+        return -math.inf
+    return float((index.relations.known @ asks).max() - 1.5 * (own @ asks))
 
 
 def test_relations_are_stored_and_refused_like_the_rest() -> None:

@@ -29,9 +29,10 @@ class WiseConfig:
         router: ``"key"`` (best stored edit) or ``"indicator"`` (the paper's, Eq. 3-6).
         radius: score, in [0, 1], above which a prompt may belong to a stored edit.
         lead: an edit of a known subject is passed over if a prompt's wording is nearer to another
-            relation than to the edit's own, by more than this (difference of cosines, in (0, 2]).
+            relation than to the edit's own by more than this, in (0, 3] (the difference of cosines,
+            in which the edit's own counts one and a half times).
             Less keeps more questions about an edited subject in main memory, and loses more
-            unusual wordings of the edits; 2 asks for the subject alone.
+            unusual wordings of the edits; 3 asks for the subject alone.
         variant: ``"retrieve"`` keeps finished memories apart, ``"merge"`` merges all into one.
         mask_ratio: share of the projection's entries a shard may change [rho].
         shard_size: edits in one shard.
@@ -71,8 +72,8 @@ class WiseConfig:
     layer: str | int = "auto"
     key_layer: str | int = "auto"
     router: str = "key"
-    radius: float = 0.54
-    lead: float = 0.7
+    radius: float = 0.68
+    lead: float = 0.65
     variant: str = "retrieve"
     mask_ratio: float = 0.2
     shard_size: int = 100
@@ -179,7 +180,7 @@ _RANGES = {
     "mask_ratio": (0.0, 1.0),
     "merge_density": (0.0, 1.0),
     "radius": (0.0, 1.0),
-    "lead": (0.0, 2.0),
+    "lead": (0.0, 3.0),
     "learning_rate": (0.0, math.inf),
     "clamp": (0.0, 1e30),
     "act_ratio": (0.0, 1.0),

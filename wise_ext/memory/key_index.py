@@ -4,7 +4,8 @@ Late interaction: every stored edit keeps the keys of its prompt's tokens, and i
 is the weighted mean, over those tokens, of the best cosine any token of the query reaches. What
 else the query says costs nothing, so an edit is found behind a system prompt or a conversation.
 Tokens weigh by how few texts hold them: a name counts, the wording of the question hardly does.
-What is asked about the name is compared apart, where the edit says what its subject is.
+Where an edit says what its subject is, that name alone has weight, and what is asked about it is
+compared apart.
 This module decides what is stored, ``matching`` how it is compared.
 """
 
@@ -25,7 +26,7 @@ from wise_ext.memory.matching import PreparedKeys
 from wise_ext.memory.relations import RelationMap, around, fit_relations
 from wise_ext.memory.token_keys import TokenKeys, TokenMap, random_signs, standardise
 
-#: Tokens of an edit that are kept, and those that are compared: its rarest ones.
+#: Tokens of an edit that are kept, and those that are compared: its subject's, then the rarest.
 _STORED, _COMPARED = 16, 8
 # Rarity, in [0, 1], is taken to this power; this share of the score looks at all tokens alike and
 # tells the edits of one subject apart. Both measured (docs/architecture.md).
@@ -109,8 +110,8 @@ class KeyIndex:
         Args:
             prompts: one an edit, of at least one token; of long ones the rarest are kept.
             shards: the shard of each, >= 0.
-            ids: the edit of each. One that is there already is stored in another wording, too;
-                what it asks is told by the first.
+            ids: the edit of each. One that is there already is stored in another wording, too:
+                what it asks is told by the first, so its subject's name is all that is kept.
 
         Raises:
             ValueError: lengths differ, a shard is negative, or a key is not finite.
@@ -126,13 +127,17 @@ class KeyIndex:
         for name, prompt in zip(ids, map(self._checked, prompts), strict=True):
             if not len(prompt.ids):
                 raise ValueError("a prompt without tokens has no key")
+            subject = prompt.named()
             seen = torch.tensor([common.get(token, 0) for token in prompt.ids.tolist()])
+            seen[subject] = -1
             kept = seen.argsort(stable=True)[:_STORED].sort().values
+            if name in known and bool(subject.any()):
+                kept = kept[subject[kept]]
             real = torch.ones(1, len(prompt.ids), dtype=torch.bool)
             key = self.map.apply(prompt.activation[None], real)[0, kept]
             keys.append(_eight_bits(key))
             tokens.append(prompt.ids[kept].to(torch.int32))
-            named.append(prompt.named()[kept])
+            named.append(subject[kept])
             if name not in known:
                 known[name] = _eight_bits(self.asks(prompt).unsqueeze(0))
             asked.append(known[name])
@@ -209,13 +214,16 @@ class KeyIndex:
             place[there] = torch.arange(len(self.tokens))
             rarity = torch.zeros(len(self), _STORED)
             rarity[there] = self._rarity()
-            order = rarity.sort(stable=True, dim=1, descending=True).indices[:, :_COMPARED]
-            weights, even = rarity.gather(1, order) ** _POWER, there.gather(1, order).float()
+            named = self.named[place] & there
+            telling = (named | ~named.any(1, keepdim=True)).float()
+            order = (telling + rarity).sort(stable=True, dim=1, descending=True).indices
+            order = order[:, :_COMPARED]
+            weights, even = (telling * rarity**_POWER).gather(1, order), there.gather(1, order)
             weights = (1 - _EVEN) * weights / weights.sum(1, keepdim=True)
             weights = weights + _EVEN * even / even.sum(1, keepdim=True)
             place = place.gather(1, order)
             keys = normalize(self.keys[place].float() * even.unsqueeze(-1), dim=-1)
-            named = self.named[place] & there.gather(1, order)
+            named = named.gather(1, order)
             asked = normalize(self.asked.float(), dim=-1)
             self._prepared = PreparedKeys(
                 *self.map, *self.relations, keys, weights, named, asked, self.shards

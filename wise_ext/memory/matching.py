@@ -19,6 +19,9 @@ _CHUNK = 4096
 _SAME_WORD = 0.5
 # An edit may be passed over for another relation; so many of the best entries are looked at.
 _CANDIDATES = 6
+# A question that is like nothing that is known is doubted, too: this share of the likeness to the
+# edit's own relation counts once more (measured; docs/architecture.md).
+_LIKENESS = 0.5
 
 
 class PreparedKeys(NamedTuple):
@@ -55,8 +58,8 @@ class PreparedKeys(NamedTuple):
         Args:
             activation, real: as for ``match``.
             radius: score that an edit must exceed.
-            lead: an edit is passed over if the query's wording is nearer to another known relation
-                than to the edit's own, by more than this difference of cosines.
+            lead: an edit is passed over if the cosine of the query's wording to another known
+                relation, less one and a half times that to the edit's own, is more than this.
 
         Returns:
             The stored row, int64 ``[B]``, or -1 where there is none.
@@ -94,19 +97,19 @@ class PreparedKeys(NamedTuple):
         return torch.cat(parts, dim=1)
 
     def _lead(self, tokens: Tensor, query: Tensor, real: Tensor, row: Tensor) -> Tensor:
-        """By how much another relation is nearer than that of the stored ``row``, fp32 ``[B]``;
-        -2 where that cannot be told."""
+        """By how much another relation is nearer than that of the stored ``row``, as ``find`` has
+        it, fp32 ``[B]``; minus infinity where that cannot be told."""
         if not self.known.shape[0]:
-            return torch.full_like(query[:, 0, 0], -2.0)
+            return torch.full_like(query[:, 0, 0], -torch.inf)
         cosines = query @ self.keys[row].transpose(1, 2)
         named = (cosines * self.named[row].unsqueeze(1)).amax(-1) > _SAME_WORD
         kept = around(named, real)
         asks = RelationMap(self.centre, self.project, self.known).apply(tokens, kept)
         own = self.asked[row]
         likeness = (asks @ own.unsqueeze(-1)).flatten(1).amax(-1)
-        lead = (asks @ self.known.T).flatten(1).amax(-1) - likeness
+        lead = (asks @ self.known.T).flatten(1).amax(-1) - (1 + _LIKENESS) * likeness
         told = kept.flatten(1).any(-1) & (own != 0).any(-1)
-        return torch.where(told, lead, -2.0)
+        return torch.where(told, lead, -torch.inf)
 
 
 def _last_of_best(scores: Tensor) -> tuple[Tensor, Tensor]:

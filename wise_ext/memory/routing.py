@@ -111,13 +111,13 @@ class KeyRouter(nn.Module):
         index: the stored keys.
         radius: score above which a prompt may belong to an edit; equal goes to main.
         lead: an edit is passed over where another relation is nearer to the prompt's wording than
-            its own, by more than this difference of cosines. 2 passes over none.
+            its own by more than this; see ``PreparedKeys.find``. 3 passes over none.
     """
 
     shards: Tensor
     keys: Tensor
 
-    def __init__(self, layer: str, index: KeyIndex, radius: float, lead: float = 2.0) -> None:
+    def __init__(self, layer: str, index: KeyIndex, radius: float, lead: float = 3.0) -> None:
         super().__init__()
         self.layer = layer
         self.radius, self.lead = float(radius), float(lead)

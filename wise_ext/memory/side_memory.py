@@ -52,7 +52,7 @@ class SideMemory:
     key_index: KeyIndex | None = None
     radius: float = 0.6
     variant: str = "retrieve"
-    lead: float = 2.0
+    lead: float = 3.0
 
     def __post_init__(self) -> None:
         if self.routing not in ROUTINGS:
@@ -64,7 +64,7 @@ class SideMemory:
         if not math.isfinite(self.radius):
             raise ConfigError(f"the key radius is {self.radius}: give a score in [0, 1]")
         if not math.isfinite(self.lead):
-            raise ConfigError(f"the lead is {self.lead}: give a number in [0, 2]")
+            raise ConfigError(f"the lead is {self.lead}: give a number in [0, 3]")
         self.shape = (int(self.shape[0]), int(self.shape[1]))
         for shard in self.shards:
             self._check(shard)
