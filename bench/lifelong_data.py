@@ -7,6 +7,7 @@ WISE_EXT_DATA names, else where the command is run.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import random
 from collections.abc import Iterable, Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from wise_ext.editing.edits import Edit, read_edits
+from wise_ext.editing.prompts import mentions
 from wise_ext.errors import DataError
 
 #: groups of files; a group is shuffled as a whole, and comes after the groups before it
@@ -153,6 +155,28 @@ def undisputed(edits: Sequence[Edit]) -> set[str]:
     return {
         edit.id for edit in edits if not edit.subject or len(answers[_folded(edit.subject)]) == 1
     }
+
+
+def asks_the_same(dataset: str, folder: Path) -> set[str]:
+    """The prompts of edits whose locality prompt asks for the edited fact itself: it names their
+    subject, and its answer is what was right before the edit.
+
+    No editor can change an answer in one wording and keep it in another. A file that does not say
+    what was right before (``ground_truth``) has none.
+    """
+    found = set()
+    for name in (name for group in DATASETS[dataset] for name in group):
+        text = _find(folder, name).read_text("utf-8-sig")
+        listed = text.lstrip().startswith("[")
+        for record in json.loads(text) if listed else map(json.loads, text.strip().split("\n")):
+            subject, asked = (record.get(k) or "" for k in ("subject", "locality_prompt"))
+            kept = _folded(record.get("locality_ground_truth") or "")
+            before = record.get("ground_truth") or []
+            before = {_folded(t) for t in ([before] if isinstance(before, str) else before)}
+            # several right answers stand in one text, with commas between them
+            if mentions(asked, subject) and before & {kept, *map(str.strip, kept.split(","))}:
+                found.add(record["prompt"].strip())
+    return found
 
 
 def _folded(text: str) -> str:

@@ -5,7 +5,8 @@ its neighbours: how many of the former are routed in, how many of the latter sta
 radius and lead that is named. ``ours`` are 60 facts of this project whose rephrasings change the
 form as often as not, and whose neighbours are other questions about the same subjects; in the other
 data sets a neighbour is the record's locality prompt (of ``extra`` another relation of the same
-subject, of ``counterfact`` the same relation of another).
+subject, of ``counterfact`` the same relation of another). Some of those ask for the edited fact
+itself; they are counted among all neighbours, and left out of ``out_other``.
 """
 
 from __future__ import annotations
@@ -35,12 +36,14 @@ _CHUNK = 32
 
 
 class Neighbourhood(NamedTuple):
-    """An edit's prompt and subject, the same question in other words, and other questions."""
+    """An edit's prompt and subject, the same question in other words, and other questions; or
+    questions that are called so, and ask for the edited fact itself (``mislabelled``)."""
 
     prompt: str
     subject: str | None
     inside: list[str]
     outside: list[str]
+    mislabelled: bool = False
 
 
 def read(dataset: str, folder: Path, limit: int) -> list[Neighbourhood]:
@@ -59,8 +62,11 @@ def read(dataset: str, folder: Path, limit: int) -> list[Neighbourhood]:
         ]
     else:
         edits = lifelong_data.pool(dataset, folder).edits
+        same = lifelong_data.asks_the_same(dataset, folder)
         made = [
-            Neighbourhood(e.prompt, e.subject, [e.rephrase_prompt], [e.locality_prompt])
+            Neighbourhood(
+                e.prompt, e.subject, [e.rephrase_prompt], [e.locality_prompt], e.prompt in same
+            )
             for e in edits
             if e.rephrase_prompt and e.locality_prompt
         ]
@@ -70,7 +76,8 @@ def read(dataset: str, folder: Path, limit: int) -> list[Neighbourhood]:
 def measure(
     shop: Workshop, stored: Sequence[Neighbourhood], radii: Sequence[float], leads: Sequence[float]
 ) -> list[rows.Row]:
-    """For every radius and lead: the shares routed in (to any edit, to the right one) and out."""
+    """For every radius and lead: the shares routed in (to any edit, to the right one) and out (of
+    all neighbours, and of those that do ask something else)."""
     index = shop.empty_memory().key_index
     assert index is not None
     keys = [shop.coach.addresses(n.prompt, n.subject) for n in stored]
@@ -78,6 +85,7 @@ def measure(
     index.add_worded(keys, places, [str(i) for i in places])
     inside = [(text, i) for i, n in enumerate(stored) for text in n.inside]
     outside = [text for n in stored for text in n.outside]
+    other = torch.tensor([not n.mislabelled for n in stored for _ in n.outside], dtype=torch.bool)
     texts = [*(text for text, _ in inside), *outside]
     queries = shop.coach.keys(texts, [None] * len(texts))
     wanted = torch.tensor([i for _, i in inside])
@@ -97,9 +105,11 @@ def measure(
                         "edits": len(stored),
                         "rephrasings": len(inside),
                         "neighbours": len(outside),
+                        "other": int(other.sum()),
                         "in": float((ours >= 0).float().mean()),
                         "right": float((ours == wanted).float().mean()),
                         "out": float((theirs < 0).float().mean()),
+                        "out_other": float((theirs[other] < 0).float().mean()),
                     }
                 )
                 progress.advance(task)
@@ -138,7 +148,7 @@ def main(
     except (WiseError, OSError) as error:
         console.complain(str(error))
         raise typer.Exit(1) from None
-    columns = ("dataset", "radius", "lead", "in", "right", "out")
+    columns = ("dataset", "radius", "lead", "in", "right", "out", "out_other")
     lines = [(r["dataset"], *(f"{r[name]:.2f}" for name in columns[1:])) for r in made]
     console.table("rephrasings in, neighbours out", columns, lines, right=columns[1:])
 

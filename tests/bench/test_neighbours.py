@@ -62,7 +62,29 @@ def test_shares_are_those_of_single_questions(shop: Workshop, tmp_path: Path) ->
         assert row["in"] == pytest.approx(sum(f >= 0 for f, _ in inside) / len(inside))
         assert row["right"] == pytest.approx(sum(f == i for f, i in inside) / len(inside))
         assert row["out"] == pytest.approx(sum(f < 0 for f in outside) / len(outside))
+        assert row["out_other"] == row["out"]
     assert len({(r["in"], r["out"]) for r in made}) > 1
+
+
+def test_neighbours_that_ask_for_the_edited_fact_are_told_apart(
+    shop: Workshop, tmp_path: Path
+) -> None:
+    record = {"target_new": "Ann", "rephrase_prompt": "Lumo is by", "subject": "Lumo"}
+    asked = [
+        ("Who made Lumo?", "Who made Lumo?", ["Bo"], "Bo"),
+        ("What is Lumo by?", "What is Lumo by?", "Bo", " bo, Cy"),
+        ("Who owns Lumo?", "The colour of Lumo is", ["Bo"], "red"),
+        ("Who sells Lumo?", "The seller of Pika is", ["Bo"], "Bo"),
+        ("Who buys Lumo?", "The buyer of Lumo is", None, "Bo"),
+    ]
+    names = ("prompt", "locality_prompt", "ground_truth", "locality_ground_truth")
+    records = [{**record, **dict(zip(names, row, strict=True))} for row in asked]
+    (tmp_path / "zsre_knowedit_extra.json").write_text(json.dumps(records))
+    stored = read("extra", tmp_path, 9)
+    assert [n.mislabelled for n in stored] == [True, True, False, False, False]
+    (row,) = measure(shop, stored, [0.99], [3.0])
+    assert (row["neighbours"], row["other"]) == (5, 3)
+    assert row["out"] == pytest.approx(0.6) and row["out_other"] == 1.0
 
 
 def test_edits_themselves_are_found(shop: Workshop) -> None:
