@@ -81,6 +81,29 @@ def test_an_engine_in_half(lab: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
     assert both(delta)[0].equal(full)
 
 
+def test_captures_in_half(lab: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lab.make_model("llama")
+    prompts, targets = lab.prompts(4, 6), lab.prompts(2, 2, seed=1)
+
+    def differs() -> bool:
+        exact, asked = (engine.capture(prompts, targets, in_half=half) for half in (False, True))
+        for one, two in zip(exact, asked, strict=True):
+            assert torch.cosine_similarity(one.base, two.base).min() > 0.99
+        return not all(one.base.equal(two.base) for one, two in zip(exact, asked, strict=True))
+
+    engine = SuffixEngine(model, layer_path(model, 1))
+    monkeypatch.setattr(suffix, "half_is_fast", lambda device: False)
+    engine.halve_captures(lab.prompts(5))
+    assert not differs()
+    monkeypatch.setattr(suffix, "half_is_fast", lambda device: True)
+    assert not differs()
+    engine.halve_captures(lab.prompts(5))
+    assert differs()
+    monkeypatch.setattr(suffix, "HALF_MARGIN", 0.0)
+    engine.halve_captures(lab.prompts(5))
+    assert not differs() and not any("forward" in vars(m) for m in model.modules())
+
+
 def test_half_is_not_used_where_logits_suffer(
     lab: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -117,11 +117,12 @@ def test_feed_forwards_at_real_tokens_alone_change_nothing(
     lab: SimpleNamespace, architecture: str
 ) -> None:
     model, engine, layer = _cut(lab, architecture)
-    assert [module is None for module in engine._feed_forwards] == [architecture == "opt"]
+    none = architecture == "opt"
+    assert [module is None for module in engine._feed_forwards] == [none, True, none]
     delta, bits = _delta(model, layer)
-    rows = engine.capture(lab.prompts(3, 11, 6, 1), lab.prompts(2, 4, 1, 9, seed=1))
     found = []
     for each in (engine, _everywhere(engine)):
+        rows = each.capture(lab.prompts(3, 11, 6, 1), lab.prompts(2, 4, 1, 9, seed=1))
         leaf = delta.clone().requires_grad_()
         output = each.run(rows, leaf, bits)
         loss = label_loss(output, len(rows)).sum() + output.indicator.sum()
@@ -175,19 +176,20 @@ class _Positioned(_Pair):
         return self.inner(hidden * gain)
 
 
+@pytest.mark.parametrize("place", [0, 2])
 @pytest.mark.parametrize("kind", [_Pair, _Shifted, _Positioned])
 def test_feed_forwards_that_cannot_be_cut_run_everywhere(
-    lab: SimpleNamespace, kind: type[_Pair]
+    lab: SimpleNamespace, kind: type[_Pair], place: int
 ) -> None:
     model = lab.make_model("llama")
-    mlp = kind(model.model.layers[2].mlp)
-    model.model.layers[2].mlp = mlp
+    mlp = kind(model.model.layers[place].mlp)
+    model.model.layers[place].mlp = mlp
     if kind is _Pair:
         # The block takes what it needs, as the block of such a model does.
-        model.model.layers[2] = _Block(model.model.layers[2])
+        model.model.layers[place] = _Block(model.model.layers[place])
     layer = layer_path(model, 1)
     engine = SuffixEngine(model, layer)
-    assert engine._feed_forwards == [None]
+    assert set(engine._feed_forwards) == {None}
     delta, bits = _delta(model, layer)
     rows = engine.capture([[3, 4, 5], [6]], [[7, 8], [9]])
     edited = _edited(model, layer, delta)
@@ -228,6 +230,35 @@ def test_only_at_leaves_no_hook_behind() -> None:
     with refused, only_at(module, torch.tensor([0])):
         module(torch.ones(2, 2))
     assert not module._forward_hooks and not module._forward_pre_hooks
+
+
+def test_rows_captured_together_are_those_captured_alone(
+    lab: SimpleNamespace, architecture: str
+) -> None:
+    _, engine, _ = _cut(lab, architecture)
+    prompts, targets = lab.prompts(3, 12, 1), lab.prompts(2, 4, 1, seed=1)
+    together = engine.capture(prompts, targets)
+    for row, prompt, target in zip(together, prompts, targets, strict=True):
+        (alone,) = engine.capture([prompt], [target])
+        assert len(row) == len(prompt) + len(target) - 1 and row.labels.tolist() == target
+        for name in ("activation", "base", "inputs"):
+            both = getattr(row, name), getattr(alone, name)
+            assert both == (None, None) or both[0].shape == both[1].shape
+            if both[0] is not None:
+                assert_close(*both, rtol=1e-4, atol=1e-5)
+    assert engine.capture([], []) == []
+
+
+def test_the_feed_forwards_of_a_capture_see_no_pads(lab: SimpleNamespace) -> None:
+    _, engine, _ = _cut(lab, "llama")
+    seen: list[int] = []
+    below = engine.blocks[0].mlp
+    hook = below.up_proj.register_forward_pre_hook(
+        lambda m, args: seen.append(args[0].shape[:-1].numel())
+    )
+    engine.capture(lab.prompts(3, 12, 5), lab.prompts(2, 4, 1, seed=1))
+    hook.remove()
+    assert engine.index > 0 and seen == [3 + 12 + 5 + (1 + 3 + 0)]
 
 
 def test_capture_repeats_to_the_bit(lab: SimpleNamespace) -> None:

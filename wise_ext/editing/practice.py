@@ -22,7 +22,7 @@ from wise_ext.editing.prompts import (
     subject_tokens,
 )
 from wise_ext.editing.rows import Row
-from wise_ext.editing.suffix import SuffixEngine
+from wise_ext.editing.suffix import HALF_MARGIN, SuffixEngine
 from wise_ext.editing.wordings import examples, moved, reworded
 from wise_ext.memory import KeyIndex, TokenKeys
 
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 #: Prompts run at a time.
 _CHUNK = 32
-# Neutral prompts that the margins' unit is measured on.
-_SAMPLE = 16
+# Neutral prompts that the margins' unit is measured on, and those that half precision is tried on.
+_SAMPLE, _PROBES = 16, 2
 # Cosine to a known relation above which a prompt is taken to ask just that.
 _RECOGNISED = 0.6
 # The paper's margins suit projections whose output has about this norm a token.
@@ -70,6 +70,13 @@ class Coach:
         self._tokenizer = tokenizer
         self._config = config
         self._contexts = contexts
+        #: Products in half precision will do where the margin that labels are given makes up for
+        #: it. What an edit is in the bare prompt is captured exactly all the same.
+        self.in_half = config.early_stop and config.stop_margin >= HALF_MARGIN
+        if self.in_half:
+            chats = [False, True] if has_chat_template(tokenizer) else [False]
+            some = neutral_prompts()[:_PROBES]
+            engine.halve_captures([encode_prompt(tokenizer, t, c) for c in chats for t in some])
         self._known: dict[str, Practice] = {}
         self._index: KeyIndex | None = None
 
@@ -158,17 +165,19 @@ class Coach:
         if c.margins:
             unrelated = unrelated or self._neutral(edit)
             apart = [self._prompt(unrelated)]
-        bare, *rows = self.engine.capture(
-            [*prompts, *wordings, *apart],
-            [*targets, *[target] * len(wordings), *[[] for _ in apart]],
+        bare, *unrelated_row = self.engine.capture(
+            [prompts[0], *apart], [targets[0], *[[] for _ in apart]]
+        )
+        rows = self.engine.capture(
+            [*prompts[1:], *wordings], [*targets[1:], *[target] * len(wordings)], self.in_half
         )
         contexts = len(prompts) - 1
         return Practice(
             edit=edit,
             bare=bare,
             contexts=rows[:contexts],
-            wordings=rows[contexts : contexts + len(wordings)],
-            unrelated=rows[-1] if apart else None,
+            wordings=rows[contexts:],
+            unrelated=unrelated_row[0] if apart else None,
             locality_prompt=unrelated,
             addresses=addresses,
         )

@@ -9,8 +9,7 @@ last one's, like the logits, at label positions alone).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from itertools import groupby
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -72,59 +71,82 @@ class SuffixEngine:
             self._tail = modules_after(model, self.blocks, self._probe_ids())
             block = self.blocks[self.index]
             self.additive = is_additive(model, block, self.projection, self._probe_ids())
-            above = self.blocks[self.index + 1 :]
-            self._feed_forwards = feed_forwards(layer, above)
+            # Block L's own is watched, so it sees the whole grid.
+            self._feed_forwards = feed_forwards(layer, self.blocks)
+            self._feed_forwards[self.index] = None
             try:
                 self._verify(layer)
             except Exception:
                 # Not every feed-forward works on each token alone, and some break when asked to.
-                self._feed_forwards = [None] * len(above)
+                self._feed_forwards = [None] * len(self.blocks)
                 self._verify(layer)
             self._halves = self._close_halves()
+        self._prefix_halves = HalfProducts([])
         self._in_half = False
 
     # -- capture ---------------------------------------------------------------------------------
 
     @torch.no_grad()
     def capture(
-        self, prompts: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]
+        self,
+        prompts: Sequence[Sequence[int]],
+        targets: Sequence[Sequence[int]],
+        in_half: bool = False,
     ) -> list[Row]:
         """Run the prefix once over prompt + target rows and keep what training needs.
 
-        The last label is only ever predicted, so it is not part of the sequence.
+        The last label is only ever predicted, so it is not part of the sequence. ``in_half``: for
+        rows that need not be exact; see ``halve_captures``.
 
-        Rows given together that are about as long share one padded batch: the same group captured
-        again, on the same machine, gives the same bits, which resuming and undoing rely on.
+        Rows given together share one padded batch, whose feed-forwards see real tokens alone: the
+        matrices are read once. The same rows captured together again, on the same machine, give
+        the same bits, which resuming and undoing rely on.
         """
         sequences = [[*p, *t[:-1]] for p, t in zip(prompts, targets, strict=True)]
-        order = sorted(range(len(sequences)), key=lambda i: _round_up(len(sequences[i])))
-        rows: dict[int, Row] = {}
-        for _, batch in groupby(order, key=lambda i: _round_up(len(sequences[i]))):
-            places = list(batch)
-            seen = self._entering([sequences[i] for i in places])
-            for at, i in enumerate(places):
-                n = len(sequences[i])
-                labels = torch.tensor(list(targets[i]), dtype=torch.long, device=self.device)
-                rows[i] = Row(
-                    activation=seen["activation"][at, :n].clone(),
-                    base=seen["base"][at, :n].clone(),
-                    inputs=None if self.additive else seen["inputs"][at, :n].clone(),
-                    prompt_length=len(prompts[i]),
-                    labels=labels,
-                )
-        return [rows[i] for i in range(len(sequences))]
+        if not sequences:
+            return []
+        with self._prefix_halves.used() if in_half else nullcontext():
+            seen = self._entering(sequences)
+        rows = []
+        for i, sequence in enumerate(sequences):
+            n = len(sequence)
+            row = Row(
+                activation=seen["activation"][i, :n].clone(),
+                base=seen["base"][i, :n].clone(),
+                inputs=None if self.additive else seen["inputs"][i, :n].clone(),
+                prompt_length=len(prompts[i]),
+                labels=torch.tensor(list(targets[i]), dtype=torch.long, device=self.device),
+            )
+            rows.append(row)
+        return rows
 
     def _entering(self, sequences: Sequence[Sequence[int]]) -> dict[str, Tensor]:
         """What a run up to block L shows of these rows, [rows, width, d] by name."""
         seen: dict[str, Tensor] = {}
+        ids = self._padded(sequences)
+        index = places_on_grid([len(s) for s in sequences], ids.shape[1], self.device)
         with ExitStack() as stack:
+            for module in self._feed_forwards[: self.index]:
+                stack.enter_context(only_at(module, index))
             stack.enter_context(watch(self.projection, "activation", seen, entering=True))
             stack.enter_context(watch(self.blocks[self.index], "inputs", seen, entering=True))
             last = self.blocks[self.index] if self.additive else self.projection
             stack.enter_context(watch(last, "base", seen, entering=False, stop=True))
-            run_until_stopped(self.model, self._padded(sequences))
+            run_until_stopped(self.model, ids)
         # OPT hands its FFN all rows' tokens in one list.
         return {name: _by_row(tensor, len(sequences)) for name, tensor in seen.items()}
+
+    @torch.no_grad()
+    def halve_captures(self, texts: Sequence[Sequence[int]]) -> None:
+        """Let captures ask for products in bf16, where that is fast and the logits of these texts,
+        of two tokens and more, stay within ``HALF_MARGIN``. They should be texts as people write
+        them: on tokens that never stand in one, some models lose all precision."""
+        if not half_is_fast(self.device):
+            return
+        exact = self._unedited(texts)
+        self._prefix_halves = HalfProducts(self.blocks[: self.index + 1])
+        if not (self._unedited(texts, in_half=True) - exact).abs().max() <= HALF_MARGIN:
+            self._prefix_halves = HalfProducts([])
 
     @torch.no_grad()
     def keys(self, prompts: Sequence[Sequence[int]]) -> list[TokenKeys]:
@@ -181,7 +203,8 @@ class SuffixEngine:
         flat, row = label_positions(rows, width, self.device)
         above = self.blocks[self.index + 1 :]
         calls = self._calls_for(width)[1:]
-        for block, (args, kwargs), module in zip(above, calls, self._feed_forwards, strict=True):
+        modules = self._feed_forwards[self.index + 1 :]
+        for block, (args, kwargs), module in zip(above, calls, modules, strict=True):
             # Nobody sees pads, and of the last block only what predicts a label.
             with only_at(module, flat if block is above[-1] else index):
                 hidden = first(block(hidden, *args, **kwargs))
@@ -314,9 +337,9 @@ class SuffixEngine:
         ids = self._probe_ids()[0].tolist()
         return [ids, ids[2:-3]]
 
-    def _unedited(self, texts: Sequence[Sequence[int]]) -> Tensor:
+    def _unedited(self, texts: Sequence[Sequence[int]], in_half: bool = False) -> Tensor:
         """The logits of texts [all tokens but the last, vocabulary] by capture and replay."""
-        rows = self.capture([t[:1] for t in texts], [t[1:] for t in texts])
+        rows = self.capture([t[:1] for t in texts], [t[1:] for t in texts], in_half)
         d_model, d_ff = rows[0].base.shape[-1], rows[0].activation.shape[-1]
         delta = torch.zeros(d_model, d_ff, device=self.device)
         bits = torch.zeros(d_model, (d_ff + 31) // 32, dtype=torch.int32, device=self.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -19,7 +19,6 @@ from wise_ext.editing.losses import Margins, label_loss, margin_loss
 from wise_ext.editing.practice import Coach, Practice, draw_seed
 from wise_ext.editing.rivals import Rivals
 from wise_ext.editing.rows import Row
-from wise_ext.editing.suffix import HALF_MARGIN
 from wise_ext.memory import Shard, random_mask_bits
 
 # Rounds that a row rests for after passing once, twice, ... in succession.
@@ -130,7 +129,8 @@ class WiseWriter:
         others = [self._coach.practice(e) for e in foreign] if self._margins else []
         ids = ",".join(edit.id for edit in edits)
         rng = random.Random(draw_seed(self._config.seed, "draws", shard.number, ids))
-        with _frozen(self._engine.model), self._products():
+        half = self._engine.in_half() if self._coach.in_half else nullcontext()
+        with _frozen(self._engine.model), half:
             lesson = _Lesson(self, shard, new, old, others, rng)
             lesson.run(progress)
         shard.edits.extend(edits)
@@ -141,12 +141,6 @@ class WiseWriter:
                 new, lesson.rounds, lesson.losses, indicators, lesson.settled, strict=True
             )
         ]
-
-    def _products(self) -> AbstractContextManager[None]:
-        """In half precision where the margin that labels are given makes up for it."""
-        c = self._config
-        half = c.early_stop and c.stop_margin >= HALF_MARGIN
-        return self._engine.in_half() if half else nullcontext()
 
     def indicators(self, shard: OpenShard, rows: Sequence[Row]) -> list[float]:
         """Eq. 3 for each row under the shard as it is."""
