@@ -40,9 +40,11 @@ def _texts(coach: Coach, edit: Edit, monkeypatch: pytest.MonkeyPatch) -> list[tu
     seen: list[tuple[str, str]] = []
     capture, decode = coach.engine.capture, coach._tokenizer.decode
 
-    def spy(prompts: Any, targets: Any) -> Any:
+    def spy(prompts: Any, targets: Any, in_half: bool = False) -> Any:
+        # What the edit is, and what margins keep it apart from, is captured exactly.
+        assert in_half == (coach.in_half and bool(seen))
         seen.extend((decode(p), decode(t)) for p, t in zip(prompts, targets, strict=True))
-        return capture(prompts, targets)
+        return capture(prompts, targets, in_half)
 
     with monkeypatch.context() as patch:
         patch.setattr(coach.engine, "capture", spy)
@@ -85,10 +87,10 @@ def test_each_edit_draws_contexts_of_its_own(make: Any, monkeypatch: pytest.Monk
     assert len(drawn("a")) == 4
 
 
-def test_margins_bring_an_unrelated_prompt_last(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_margins_bring_an_unrelated_prompt(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     coach = make(margins=True, contexts_per_edit=2)
     texts = _texts(coach, EDIT, monkeypatch)
-    assert len(texts) == 6 and texts[-1] == ("The sky is", "")
+    assert len(texts) == 6 and texts[1] == ("The sky is", "")
     practice = coach.practice(EDIT)
     assert practice.unrelated is not None and len(practice.contexts) == 3
     assert len(practice.unrelated.labels) == 0
@@ -150,3 +152,11 @@ def test_a_shorter_wording_keeps_the_subject(prompt: str, subject: str, stays: s
 )
 def test_no_shorter_wording_where_every_word_may_matter(prompt: str) -> None:
     assert shorter(prompt, "Lumo Vale", random.Random(0)) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "half"),
+    [({}, True), ({"stop_margin": 0.5}, False), ({"early_stop": False}, False)],
+)
+def test_half_precision_takes_a_margin(make: Any, changes: dict[str, Any], half: bool) -> None:
+    assert make(**changes).in_half == half

@@ -56,9 +56,9 @@ def test_a_recognised_question_is_practised_in_other_words(
     seen: list[list[int]] = []
     capture = coach.engine.capture
 
-    def spy(prompts: Any, targets: Any) -> Any:
+    def spy(prompts: Any, *rest: Any) -> Any:
         seen.extend(prompts)
-        return capture(prompts, targets)
+        return capture(prompts, *rest)
 
     monkeypatch.setattr(coach.engine, "capture", spy)
     practice = coach.practice(Edit("a", relation.wordings[1].format(name), "Oda", subject=name))
