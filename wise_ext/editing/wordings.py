@@ -52,8 +52,7 @@ def moved(prompt: str, subject: str | None) -> str | None:
     there, no longer; None where the prompt does not name it.
 
     Most tokenizers write a word at the beginning of a text as other tokens than within it, so a
-    name has to be known both ways. No word is left out: a name alone is found in any text that has
-    a word like it.
+    name has to be known both ways.
     """
     named = mentions(prompt, subject)
     if not named:

@@ -108,7 +108,8 @@ class KeyIndex:
         """Store edits by their prompts' tokens.
 
         Args:
-            prompts: one an edit, of at least one token; of long ones the rarest are kept.
+            prompts: one an edit, of at least one token; of long ones the subject's, then the
+                rarest are kept.
             shards: the shard of each, >= 0.
             ids: the edit of each. One that is there already is stored in another wording, too:
                 what it asks is told by the first, so its subject's name is all that is kept.
@@ -129,7 +130,7 @@ class KeyIndex:
                 raise ValueError("a prompt without tokens has no key")
             subject = prompt.named()
             seen = torch.tensor([common.get(token, 0) for token in prompt.ids.tolist()])
-            seen[subject] = -1
+            seen[subject] = -1  # before the rarest
             kept = seen.argsort(stable=True)[:_STORED].sort().values
             if name in known and bool(subject.any()):
                 kept = kept[subject[kept]]
@@ -143,8 +144,8 @@ class KeyIndex:
             asked.append(known[name])
         self.keys, self.tokens = torch.cat(keys), torch.cat(tokens)
         self.named, self.asked = torch.cat(named), torch.cat(asked)
-        lengths = torch.tensor([len(t) for t in tokens[1:]], dtype=torch.int32)
-        self.lengths = torch.cat([self.lengths, lengths])
+        lengths = [self.lengths, torch.tensor([len(t) for t in tokens[1:]], dtype=torch.int32)]
+        self.lengths = torch.cat(lengths)
         self.shards = torch.cat([self.shards, numbers])
         self.ids = [*self.ids, *ids]
         self._prepared = None
@@ -216,8 +217,7 @@ class KeyIndex:
             rarity[there] = self._rarity()
             named = self.named[place] & there
             telling = (named | ~named.any(1, keepdim=True)).float()
-            order = (telling + rarity).sort(stable=True, dim=1, descending=True).indices
-            order = order[:, :_COMPARED]
+            order = (telling + rarity).argsort(stable=True, dim=1, descending=True)[:, :_COMPARED]
             weights, even = (telling * rarity**_POWER).gather(1, order), there.gather(1, order)
             weights = (1 - _EVEN) * weights / weights.sum(1, keepdim=True)
             weights = weights + _EVEN * even / even.sum(1, keepdim=True)
