@@ -238,5 +238,6 @@ def _spread(counts: Sequence[int]) -> list[int]:
 
 def _where(rows: Sequence[Row]) -> str:
     models = ", ".join(sorted({str(row["model"]) for row in rows}))
-    machine = rows[-1]["machine"]
-    return f"{models}, torch {machine['torch']}, commit {machine['commit']}"
+    machines = [row["machine"] for row in rows]
+    commits = ", ".join(dict.fromkeys(str(machine["commit"]) for machine in machines))
+    return f"{models}, torch {machines[-1]['torch']}, commit {commits}"
