@@ -6,12 +6,11 @@ else the query says costs nothing, so an edit is found behind a system prompt or
 Tokens weigh by how few texts hold them: a name counts, the wording of the question hardly does.
 Where an edit says what its subject is, that name alone has weight, and what is asked about it is
 compared apart.
-This module decides what is stored, ``matching`` how it is compared.
+This module decides what is stored, ``weighing`` what it counts, ``matching`` how it is compared.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from copy import copy
@@ -25,13 +24,10 @@ from wise_ext.errors import ConfigError
 from wise_ext.memory.matching import PreparedKeys
 from wise_ext.memory.relations import RelationMap, around, fit_relations
 from wise_ext.memory.token_keys import TokenKeys, TokenMap, random_signs, standardise
+from wise_ext.memory.weighing import rarity, weigh
 
-#: Tokens of an edit that are kept, and those that are compared: its subject's, then the rarest.
-_STORED, _COMPARED = 16, 8
-# Rarity, in [0, 1], is taken to this power; this share of the score looks at all tokens alike and
-# tells the edits of one subject apart. Both measured (docs/architecture.md).
-_POWER, _EVEN = 3, 0.15
-_LEAST_RARITY = 0.02
+# Tokens of an edit that are kept: its subject's, then the rarest.
+_STORED = 16
 
 
 class KeyIndex:
@@ -213,17 +209,16 @@ class KeyIndex:
             there = torch.arange(_STORED) < self.lengths.unsqueeze(1)
             place = torch.zeros(len(self), _STORED, dtype=torch.int64)
             place[there] = torch.arange(len(self.tokens))
-            rarity = torch.zeros(len(self), _STORED)
-            rarity[there] = self._rarity()
+            number = {name: i for i, name in enumerate(dict.fromkeys(self.ids))}
+            edit = torch.tensor([number[name] for name in self.ids], dtype=torch.int64)
+            edit = edit.repeat_interleave(self.lengths.long())
+            rare = torch.zeros(len(self), _STORED)
+            rare[there] = rarity(self.tokens, edit, self.common, self.texts)
             named = self.named[place] & there
-            telling = (named | ~named.any(1, keepdim=True)).float()
-            order = (telling + rarity).argsort(stable=True, dim=1, descending=True)[:, :_COMPARED]
-            weights, even = (telling * rarity**_POWER).gather(1, order), there.gather(1, order)
-            weights = (1 - _EVEN) * weights / weights.sum(1, keepdim=True)
-            weights = weights + _EVEN * even / even.sum(1, keepdim=True)
-            place = place.gather(1, order)
-            keys = normalize(self.keys[place].float() * even.unsqueeze(-1), dim=-1)
-            named = named.gather(1, order)
+            order, weights = weigh(rare, named, there)
+            place, named = place.gather(1, order), named.gather(1, order)
+            compared = there.gather(1, order).unsqueeze(-1)
+            keys = normalize(self.keys[place].float() * compared, dim=-1)
             asked = normalize(self.asked.float(), dim=-1)
             self._prepared = PreparedKeys(
                 *self.map, *self.relations, keys, weights, named, asked, self.shards
@@ -330,20 +325,6 @@ class KeyIndex:
         if bool(((counts < 1) | (counts > index.texts)).any()):
             raise ValueError(f"key index: a token is common to none or more of {index.texts} texts")
         return index
-
-    def _rarity(self) -> Tensor:
-        """How rare each stored token is, fp32 ``[M]`` in [0.02, 1]: one minus log of the texts that
-        hold it over log of all texts. An edit's own prompt does not make its tokens common."""
-        number = {name: i for i, name in enumerate(dict.fromkeys(self.ids))}
-        edit = torch.tensor([number[name] for name in self.ids], dtype=torch.int64)
-        edit = edit.repeat_interleave(self.lengths.long())
-        each = torch.unique(torch.stack([self.tokens.long(), edit], 1), dim=0)[:, 0]
-        seen = torch.cat([each, self.common[:, 0].repeat_interleave(self.common[:, 1])])
-        token, count = torch.unique(seen, return_counts=True)
-        holding = count[torch.searchsorted(token, self.tokens.long())]
-        total = math.log(max(2, self.texts + len(number)))
-        rarity: Tensor = 1 - holding.float().log() / total
-        return rarity.clamp(min=_LEAST_RARITY)
 
     def _padded(self, queries: Sequence[TokenKeys]) -> tuple[Tensor, Tensor]:
         rows = [self._checked(query) for query in queries]
