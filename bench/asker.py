@@ -73,10 +73,10 @@ class Asker:
                 self.model, self.tokenizer, rows, max_new_tokens=self.max_new_tokens
             )
             for (one, _), answer in zip(chunk, written, strict=True):
-                yield Found(one, answer.route, text_of(self.tokenizer, answer.tokens))
+                yield Found(one, answer.taken.route, text_of(self.tokenizer, answer.tokens))
         for chunk in self._batches(routed):
             ids, mask = pad([ids for _, ids in chunk], self.model, left=True, pad_id=self._pad)
-            routes = models.decide_routes(self.model, ids, mask).tolist()
+            routes = models.decide_routes(self.model, ids, mask).route.tolist()
             yield from (Found(one, r) for (one, _), r in zip(chunk, routes, strict=True))
         for one in asked:
             if one.first is not None:
@@ -144,7 +144,7 @@ class Asker:
                 routes = models.last_route(self.model)
                 assert routes is not None
             else:
-                routes = models.decide_routes(self.model, ids, mask)
+                routes = models.decide_routes(self.model, ids, mask).route
             for place, (i, route) in enumerate(zip(batch, routes.tolist(), strict=True)):
                 plain, edited = (None if values is None else values[place] for values in losses)
                 yield Read(texts[i], route, len(encoded[i]) - 1, plain, edited)

@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from wise_ext.editing.edits import demo_edits
 from wise_ext.editing.prompts import neutral_prompts
 from wise_ext.memory import (
+    Cues,
     KeyIndex,
     Shard,
     SideMemory,
@@ -28,6 +29,8 @@ from wise_ext.models import get_module, layer_path, projection_shape
 
 VOCABULARY = 61
 STOP, PAD = 1, 0
+# Of the order of the activations that enter the edited projections.
+CUE = 0.3
 
 _COMMON = {
     "vocab_size": VOCABULARY,
@@ -151,8 +154,10 @@ def key_memory(
         list(range(len(known))),
         [f"edit-{i + 1}" for i in range(len(known))],
     )
+    # The third prompt, where there is one, has no cue.
+    index.cues = torch.tensor([0 if i == 2 else 1000 + i for i in range(len(known))])
     shards = [make_shard(shape, seed=i + 1, scale=scale) for i in range(len(known))]
-    return SideMemory(layer, shape, shards, "key", key_layer, index, radius=0.95, lead=1.0)
+    return SideMemory(layer, shape, shards, "key", key_layer, index, radius=0.95, lead=1.0, cue=CUE)
 
 
 def indicator_memory(model: Any, known: list[list[int]], layer: str | None = None) -> SideMemory:
@@ -169,13 +174,18 @@ def indicator_memory(model: Any, known: list[list[int]], layer: str | None = Non
 
 
 def edited_copy(model: Any, memory: SideMemory, shard: int) -> Any:
-    """A copy of an unpatched model with one shard added to its weight."""
+    """A copy of an unpatched model with one shard added to its weight, and what the cue of the
+    shard's edit adds to its output."""
     copied = copy.deepcopy(model)
     projection = get_module(copied, memory.layer)
     delta = memory.shards[shard].dense()
     with torch.no_grad():
         weight = projection.weight
         weight += (delta.T if weight.shape != delta.shape else delta).to(weight.dtype)
+    if memory.key_index is not None:
+        number = memory.key_index.cues[memory.key_index.shards == shard][:1]
+        constant = (delta @ Cues(memory.cue, memory.shape[1]).vectors(number)[0]).to(weight.dtype)
+        projection.register_forward_hook(lambda module, args, out: out + constant)
     return copied
 
 

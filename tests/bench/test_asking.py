@@ -63,7 +63,7 @@ def test_every_edit_finds_its_own_shard_and_nothing_changes(addressed: Any) -> N
     assert memory.edit_ids == [*FACTS, *(e.id for e in CROWD)]
     for edit in [*FACTS.values(), *CROWD]:
         ids = torch.tensor([prompts.encode_prompt(tokenizer, edit.prompt)])
-        assert models.decide_routes(model, ids).tolist() == [memory.shard_of(edit.id)]
+        assert models.decide_routes(model, ids).route.tolist() == [memory.shard_of(edit.id)]
         edited = model(ids).logits
         with models.disabled(model):
             assert torch.equal(model(ids).logits, edited)
@@ -92,7 +92,7 @@ def test_routes_are_those_of_each_prompt_alone(addressed: Any) -> None:
     assert {f.asked.id for f in found} == {a.id for a in asked}
     for f in found:
         ids = torch.tensor([prompts.encode(tokenizer, f.asked)])
-        assert models.decide_routes(model, ids).tolist() == [f.route]
+        assert models.decide_routes(model, ids).route.tolist() == [f.route]
         assert f.answer is None
     assert len({f.route for f in found}) > 2
 
@@ -217,7 +217,7 @@ def test_a_run_that_trains_nothing(tmp_path: Path, model_dir: Path, addressed: A
     routes = {}
     for a in [a for a in ASKED if a.kind == "chat"]:
         ids = torch.tensor([prompts.encode(tokenizer, a)])
-        routes[a.id] = int(models.decide_routes(model, ids))
+        routes[a.id] = int(models.decide_routes(model, ids).route)
     order = list(FACTS)
     positives = [a for a in ASKED if a.kind == "chat" and a.facts]
     right = sum(routes[a.id] == order.index(a.facts[0]) for a in positives)

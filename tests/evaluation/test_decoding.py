@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from wise_ext.evaluation import decoding
-from wise_ext.evaluation.decoding import decode_greedily
+from wise_ext.evaluation.decoding import Taken, decode_greedily
 from wise_ext.models import disabled, force_route, last_route, patch
 
 # So many that random models stop early, and each row at another step.
@@ -44,7 +44,7 @@ def test_answers_are_those_of_generate(lab: Any, architecture: str) -> None:
     batch = lab.padded(rows)
     found = decode_greedily(model, batch["input_ids"], batch["attention_mask"], STOPS, STEPS)
     handle.remove()
-    assert [(tokens, route) for tokens, route in found] == expected
+    assert [(tokens, taken.route) for tokens, taken in found] == expected
     assert widths[0] == len(rows) and widths == sorted(widths, reverse=True)
     assert widths[-1] < len(rows)
 
@@ -55,13 +55,15 @@ def test_forced_routes(lab: Any) -> None:
     patch(model, lab.key_memory(model, rows[:2]))
     batch = lab.padded(rows)
     ids, mask = batch["input_ids"], batch["attention_mask"]
-    found = decode_greedily(model, ids, mask, STOPS, STEPS, routes=[1, -1, 0])
-    for row, route, written in zip(rows, (1, -1, 0), found, strict=True):
-        with force_route(model, route):
-            assert (written.tokens, written.route) == alone(model, row)
+    wanted = [Taken(1, 7), Taken(-1, 0), Taken(0, 0)]
+    found = decode_greedily(model, ids, mask, STOPS, STEPS, routes=wanted)
+    assert [written.taken for written in found] == wanted
+    for row, taken, written in zip(rows, wanted, found, strict=True):
+        with force_route(model, taken.route, [taken.cue]):
+            assert (written.tokens, taken.route) == alone(model, row)
     with disabled(model):
         plain = decode_greedily(model, ids, mask, STOPS, STEPS)
-    assert [written.route for written in plain] == [-1, -1, -1]
+    assert [written.taken.route for written in plain] == [-1, -1, -1]
     assert plain[1].tokens == found[1].tokens
 
 
@@ -77,4 +79,4 @@ def test_a_cache_that_cannot_be_cut(lab: Any, monkeypatch: pytest.MonkeyPatch) -
     )
     monkeypatch.setattr(decoding, "_CUT", "no_such_method")
     found = decode_greedily(model, batch["input_ids"], batch["attention_mask"], STOPS, STEPS)
-    assert [(tokens, route) for tokens, route in found] == expected
+    assert [(tokens, taken.route) for tokens, taken in found] == expected

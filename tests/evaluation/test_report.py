@@ -29,6 +29,7 @@ from wise_ext.editing.edits import Edit
 from wise_ext.errors import ConfigError, DataError
 from wise_ext.evaluation import evaluate, generate_answers
 from wise_ext.evaluation.scoring import greedy_tokens
+from wise_ext.memory import Decision, uncued
 
 SPOKEN = "q1 q2 q3 r1 l1 l3 x y z k w t u v m n o p"
 WORDS = ["</s>", *SPOKEN.split()]
@@ -121,16 +122,16 @@ def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ta
         model.lengths = None
 
     @contextmanager
-    def force_route(model: TableModel, routes: Any) -> Iterator[None]:
+    def force_route(model: TableModel, routes: Any, cues: Any) -> Iterator[None]:
         model.chosen = torch.as_tensor(routes, dtype=torch.int32)
         yield
         model.chosen = None
 
-    def decide_routes(model: TableModel, ids: Any, mask: Any) -> torch.Tensor:
+    def decide_routes(model: TableModel, ids: Any, mask: Any) -> Decision:
         model.route = None
         model(ids, mask)
         assert model.route is not None
-        return model.route
+        return uncued(model.route)
 
     memory = SimpleNamespace(shard_of={"e1": 0, "e2": 0}.get)
     monkeypatch.setattr(wise_models, "is_patched", lambda model: True)
@@ -139,7 +140,7 @@ def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ta
     monkeypatch.setattr(wise_models, "force_route", force_route)
     monkeypatch.setattr(wise_models, "decide_routes", decide_routes)
     monkeypatch.setattr(wise_models, "current_memory", lambda model: memory)
-    monkeypatch.setattr(wise_models, "last_route", lambda model: model.route)
+    monkeypatch.setattr(wise_models, "last_decision", lambda model: uncued(model.route))
     return made
 
 

@@ -156,5 +156,5 @@ def test_what_goes_to_main_memory_is_the_unedited_model_bit_for_bit(
             logits = model(ids).logits
             with disabled(model):
                 plain = model(ids).logits
-        main = int(decide_routes(model, ids)[0]) < 0
+        main = int(decide_routes(model, ids).route[0]) < 0
         assert torch.equal(logits, plain) is main

@@ -250,7 +250,7 @@ def test_renumbering_and_placing_move_and_forget() -> None:
     assert index.prepare().shards.tolist() == [2, 1, 5]
     assert index.shards.dtype == torch.int32
     KeyIndex(5).renumber([])
-    assert index.nbytes() == 10 * 2 * made.DIM + 10 * (4 + 1) + 3 * 4 + 3 * 4
+    assert index.nbytes() == 10 * 2 * made.DIM + 10 * (4 + 1) + 3 * (4 + 4 + 8)
 
 
 def test_what_a_prompt_could_be_taken_for() -> None:

@@ -167,7 +167,7 @@ def test_of_two_edits_of_a_subject_the_one_that_is_asked_for_is_found() -> None:
     asked = [made.text([2, word, 35, 3], seed=70 + word, noise=0.2) for word in (41, 45, 49)]
     assert _routes(index, asked, 0.5) == [0, 1, -1]
     router = KeyRouter("early", index, 0.4, 0.5)
-    assert router.decide(*made.batch(asked)).tolist() == [0, 1, -1]
+    assert router.decide(*made.batch(asked)).route.tolist() == [0, 1, -1]
 
 
 def test_an_edit_in_two_wordings_asks_what_the_first_does() -> None:

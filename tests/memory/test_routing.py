@@ -67,21 +67,21 @@ def test_the_largest_indicator_then_its_own_threshold(make_shard: MakeShard, dra
     torch.testing.assert_close(router.indicators(a, real), wanted)
     best = wanted.argmax(1)
     assert len(set(best.tolist())) == 3
-    assert router.decide(a, real).tolist() == best.tolist()
-    assert router.decide(a, real).dtype == torch.int32
+    assert router.decide(a, real).route.tolist() == best.tolist()
+    assert router.decide(a, real).route.dtype == torch.int32
     # Raising the threshold of one shard sends its rows to main memory, not to the runner-up.
     strict = _indicator_router(make_shard, [0.0, 1e9, 0.0])
     expected = [-1 if shard == 1 else shard for shard in best.tolist()]
-    assert strict.decide(a, real).tolist() == expected
+    assert strict.decide(a, real).route.tolist() == expected
 
 
 def test_an_indicator_at_its_threshold_goes_to_main(make_shard: MakeShard, draw: Draw) -> None:
     a, real = draw(1, 3, 40), torch.ones(1, 3, dtype=torch.bool)
     value = _indicator_router(make_shard, [0.0]).indicators(a, real).item()
     below = math.nextafter(value, 0.0) - 1e-6
-    assert _indicator_router(make_shard, [value]).decide(a, real).item() == -1
-    assert _indicator_router(make_shard, [below]).decide(a, real).item() == 0
-    assert _indicator_router(make_shard, [-math.inf]).decide(a * 0, real).item() == 0
+    assert _indicator_router(make_shard, [value]).decide(a, real).route.item() == -1
+    assert _indicator_router(make_shard, [below]).decide(a, real).route.item() == 0
+    assert _indicator_router(make_shard, [-math.inf]).decide(a * 0, real).route.item() == 0
 
 
 def test_a_score_at_the_radius_goes_to_main(draw: Draw) -> None:
@@ -90,8 +90,10 @@ def test_a_score_at_the_radius_goes_to_main(draw: Draw) -> None:
     score, row = _key_router(keys, [0, 1, 2, 3, 4], 0.0).nearest(a, real)
     value = score.item()
     assert value > 0.1
-    assert _key_router(keys, [0, 1, 2, 3, 4], value).decide(a, real).item() == -1
-    assert _key_router(keys, [0, 1, 2, 3, 4], value - 1e-6).decide(a, real).item() == row.item()
+    assert _key_router(keys, [0, 1, 2, 3, 4], value).decide(a, real).route.item() == -1
+    assert (
+        _key_router(keys, [0, 1, 2, 3, 4], value - 1e-6).decide(a, real).route.item() == row.item()
+    )
 
 
 def test_key_router_names_the_shard_of_the_best_edit(draw: Draw) -> None:
@@ -99,9 +101,9 @@ def test_key_router_names_the_shard_of_the_best_edit(draw: Draw) -> None:
     shards = [i % 4 for i in range(12)]
     router = _key_router(keys, shards, 0.6, background=_words(draw(40, 60, seed=1)))
     a = (keys + 0.05 * draw(12, 60, seed=2)).unsqueeze(1)
-    assert router.decide(a, torch.ones(12, 1, dtype=torch.bool)).tolist() == shards
+    assert router.decide(a, torch.ones(12, 1, dtype=torch.bool)).route.tolist() == shards
     far = draw(6, 1, 60, seed=3)
-    assert router.decide(far, torch.ones(6, 1, dtype=torch.bool)).tolist() == [-1] * 6
+    assert router.decide(far, torch.ones(6, 1, dtype=torch.bool)).route.tolist() == [-1] * 6
 
 
 def test_key_router_scores_as_the_index_does(draw: Draw) -> None:
@@ -124,7 +126,7 @@ def test_key_router_reads_the_end_of_a_long_row(draw: Draw) -> None:
     a[:, places], real[:, places] = draw(2, WINDOW + 1, 60, seed=1), True
     a[0, places[0]] = keys[1]
     a[1, places[1]] = keys[1]
-    assert router.decide(a, real).tolist() == [-1, 1]
+    assert router.decide(a, real).route.tolist() == [-1, 1]
 
 
 @given(
@@ -145,9 +147,9 @@ def test_rows_alone_equal_the_batch_whatever_the_pads(
     ]
     for router in routers:
         assert isinstance(router, Router)
-        together = router.decide(batch, real)
+        together = router.decide(batch, real).route
         for i, row in enumerate(rows):
-            alone = router.decide(row.unsqueeze(0), torch.ones(1, len(row), dtype=torch.bool))
+            alone = router.decide(row.unsqueeze(0), torch.ones(1, len(row), dtype=torch.bool)).route
             assert alone.tolist() == [together[i].item()]
 
 
@@ -159,22 +161,24 @@ def _any_shard(seed: int) -> Shard:
 def test_a_row_without_real_tokens_goes_to_main(make_shard: MakeShard, draw: Draw) -> None:
     a, real = torch.full((2, 3, 40), torch.nan), torch.zeros(2, 3, dtype=torch.bool)
     a[1], real[1] = draw(3, 40), True
-    assert _indicator_router(make_shard, [-math.inf]).decide(a, real).tolist() == [-1, 0]
-    assert _key_router(draw(3, 40), [0, 0, 0], -1.0).decide(a, real).tolist() == [-1, 0]
+    assert _indicator_router(make_shard, [-math.inf]).decide(a, real).route.tolist() == [-1, 0]
+    assert _key_router(draw(3, 40), [0, 0, 0], -1.0).decide(a, real).route.tolist() == [-1, 0]
 
 
 def test_activations_that_overflow_go_to_main(draw: Draw) -> None:
     a, real = torch.full((1, 2, 40), torch.inf), torch.ones(1, 2, dtype=torch.bool)
-    assert _key_router(draw(3, 40), [0, 0, 0], -1.0).decide(a, real).tolist() == [-1]
+    assert _key_router(draw(3, 40), [0, 0, 0], -1.0).decide(a, real).route.tolist() == [-1]
 
 
 def test_nothing_stored_is_main_memory(draw: Draw) -> None:
     a, real = draw(3, 2, 40), torch.ones(3, 2, dtype=torch.bool)
     assert (
-        IndicatorRouter("layer", PackedBank.from_shards([], SHAPE), []).decide(a, real).tolist()
+        IndicatorRouter("layer", PackedBank.from_shards([], SHAPE), [])
+        .decide(a, real)
+        .route.tolist()
         == [-1] * 3
     )
-    assert KeyRouter("early", KeyIndex(40), 0.0).decide(a, real).tolist() == [-1] * 3
+    assert KeyRouter("early", KeyIndex(40), 0.0).decide(a, real).route.tolist() == [-1] * 3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -183,10 +187,10 @@ def test_half_precision_activations_decide_in_fp32(
 ) -> None:
     a, real = draw(4, 3, 40).to(dtype), torch.ones(4, 3, dtype=torch.bool)
     router = _indicator_router(make_shard, [0.0, 0.0])
-    assert router.decide(a, real).equal(router.decide(a.float(), real))
+    assert router.decide(a, real).route.equal(router.decide(a.float(), real).route)
     torch.testing.assert_close(router.indicators(a, real), router.indicators(a.float(), real))
     keyed = _key_router(draw(5, 40, seed=1), [0, 1, 2, 3, 4], 0.1)
-    assert keyed.decide(a, real).equal(keyed.decide(a.float(), real))
+    assert keyed.decide(a, real).route.equal(keyed.decide(a.float(), real).route)
 
 
 def test_decisions_can_be_traced_whole(make_shard: MakeShard, draw: Draw) -> None:
@@ -196,7 +200,7 @@ def test_decisions_can_be_traced_whole(make_shard: MakeShard, draw: Draw) -> Non
         _key_router(draw(5, 40, seed=1), [0, 1, 2, 3, 4], 0.1),
     ):
         traced = torch.compile(router.decide, fullgraph=True, backend="eager")
-        assert traced(a, real).equal(router.decide(a, real))
+        assert traced(a, real).route.equal(router.decide(a, real).route)
 
 
 def test_router_keeps_what_it_was_made_with(draw: Draw) -> None:
@@ -204,11 +208,11 @@ def test_router_keeps_what_it_was_made_with(draw: Draw) -> None:
     index = _key_index(keys[:2], [0, 1])
     router = KeyRouter("early", index, 0.2)
     a, real = keys.unsqueeze(1), torch.ones(4, 1, dtype=torch.bool)
-    before = router.decide(a, real)
+    before = router.decide(a, real).route
     index.add(_words(keys)[2:], [2, 3], ["c", "d"])
     index.place([3, 2, 1, 0])
-    assert router.decide(a, real).equal(before)
-    assert KeyRouter("early", index, 0.2).decide(a, real).tolist() == [3, 2, 1, 0]
+    assert router.decide(a, real).route.equal(before)
+    assert KeyRouter("early", index, 0.2).decide(a, real).route.tolist() == [3, 2, 1, 0]
 
 
 def test_thresholds_must_fit_the_bank(make_shard: MakeShard) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from wise_ext.memory import Cues
 from wise_ext.models import fingerprint, get_module, last_route, patch, unload
 from wise_ext.models.patch import patch_of
 
@@ -73,9 +74,10 @@ def test_a_quantised_projection(quantise: Any, lab: SimpleNamespace) -> None:
     row = torch.tensor([known[0]])
     plain, written = model(row).logits, model.generate(row, **GREEDY)
 
-    # The oracle adds D a to the quantised projection's own output.
+    # The oracle adds D (a + cue) to the quantised projection's own output.
     delta = memory.shards[0].dense()
-    handle = frozen.register_forward_hook(lambda _, args, y: y + args[0] @ delta.T)
+    cue = Cues(memory.cue, 48).vectors(torch.tensor([1000]))
+    handle = frozen.register_forward_hook(lambda _, args, y: y + (args[0] + cue) @ delta.T)
     exact, expected = model(row).logits, model.generate(row, **GREEDY)
     handle.remove()
 

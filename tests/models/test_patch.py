@@ -68,7 +68,7 @@ def test_edit_and_unload(architecture: str, lab: SimpleNamespace) -> None:
     assert is_patched(model) and current_memory(model) is memory
     routed = model(**batch).logits
     assert last_route(model).tolist() == [0, 1, -1]
-    assert decide_routes(model, **batch).tolist() == [0, 1, -1]
+    assert decide_routes(model, **batch).route.tolist() == [0, 1, -1]
     for row in (0, 1):
         own = edited[row](**batch).logits
         torch.testing.assert_close(routed[row], own[row], rtol=1e-3, atol=1e-4)
@@ -76,7 +76,7 @@ def test_edit_and_unload(architecture: str, lab: SimpleNamespace) -> None:
     assert torch.equal(routed[2], plain[2])
     with force_route(model, -1):
         assert torch.equal(model(**batch).logits, plain)
-    with force_route(model, [-1, 0, 1]):
+    with force_route(model, [-1, 0, 1], cue=[0, 1000, 1001]):
         forced = model(**batch).logits
     for row, shard in ((1, 0), (2, 1)):
         torch.testing.assert_close(
@@ -101,7 +101,7 @@ def test_an_empty_memory_changes_no_bit(architecture: str, lab: SimpleNamespace)
     assert torch.equal(model(**batch).logits, plain)
     assert torch.equal(model.generate(**batch, max_new_tokens=4), written)
     assert last_route(model).tolist() == [-1, -1]
-    assert decide_routes(model, **batch).tolist() == [-1, -1]
+    assert decide_routes(model, **batch).route.tolist() == [-1, -1]
 
 
 @torch.no_grad()
@@ -114,7 +114,7 @@ def test_disabled_is_the_unedited_model(lab: SimpleNamespace) -> None:
         assert torch.equal(model(**batch).logits, plain)
         assert torch.equal(model.generate(**batch, max_new_tokens=4), written)
         assert last_route(model).tolist() == [-1, -1]
-        assert decide_routes(model, **batch).tolist() == [-1, -1]
+        assert decide_routes(model, **batch).route.tolist() == [-1, -1]
     assert not torch.equal(model(**batch).logits, plain)
 
 

@@ -101,7 +101,7 @@ def test_a_route_held_through_generation(smollm2: tuple[Any, Any], lab: SimpleNa
     patch(model, memory)
     batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
     output = model.generate(**batch, **GREEDY)
-    assert last_route(model).tolist() == decide_routes(model, **batch).tolist() == [0, 1, -1]
+    assert last_route(model).tolist() == decide_routes(model, **batch).route.tolist() == [0, 1, -1]
     width = batch["input_ids"].shape[1]
     written = output[:, width:].tolist()
     assert written[0] == oracle[len(rows[0]) :] != alone[0][len(rows[0]) :]

@@ -33,6 +33,9 @@ class WiseConfig:
             in which the edit's own counts one and a half times).
             Less keeps more questions about an edited subject in main memory, and loses more
             unusual wordings of the edits; 3 asks for the subject alone.
+        cue: strength of the random direction that stands for an edit and enters its memory with
+            every token of a prompt that asks for it, in root mean squares of an activation; 0 gives
+            none. Only under ``router="key"``, which knows the edit.
         variant: ``"retrieve"`` keeps finished memories apart, ``"merge"`` merges all into one.
         mask_ratio: share of the projection's entries a shard may change [rho].
         shard_size: edits in one shard.
@@ -74,6 +77,7 @@ class WiseConfig:
     router: str = "key"
     radius: float = 0.68
     lead: float = 0.65
+    cue: float = 2.0
     variant: str = "retrieve"
     mask_ratio: float = 0.2
     shard_size: int = 100
@@ -118,6 +122,8 @@ class WiseConfig:
             value = getattr(self, name)
             if not low < value <= high:
                 raise ConfigError(f"{name} is {value!r}: give a number in ({low:g}, {high:g}]")
+        if not 0 <= self.cue <= 100:
+            raise ConfigError(f"cue is {self.cue!r}: give a number in [0, 100]")
         if not all(0 <= beta < 1 for beta in self.betas) or len(self.betas) != 2:
             raise ConfigError(f"betas are {self.betas}: give two numbers in [0, 1)")
         given = [getattr(self, name) is not None for name in ("alpha", "beta", "gamma")]
@@ -192,6 +198,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Table 10 and appendix A.3; the trim density is the reference implementation's.
     "paper": {
         "router": "indicator",
+        "cue": 0.0,
         "margins": True,
         "optimizer": "sgd",
         "learning_rate": 1.0,

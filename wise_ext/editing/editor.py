@@ -23,12 +23,7 @@ from wise_ext.editing.homes import (
     settle,
     trained_in,
 )
-from wise_ext.editing.ledger import (
-    EditReport,
-    check_ids,
-    edit_of,
-    was_trained,
-)
+from wise_ext.editing.ledger import EditReport, check_ids, edit_of, was_trained
 from wise_ext.editing.parts import Parts, count_parts, steps_of
 from wise_ext.editing.progress import part_way, progress_bar
 from wise_ext.editing.wise import OpenShard
@@ -222,7 +217,8 @@ class Editor:
         step = 1 + max((int(e["step"]) for e in self.ledger), default=-1)
         guests = guests_for(self.memory, self._parts, self.ledger, edits, self._keys(edits))
         entries, shard = self._train(self._open, edits, guests, step, progress)
-        self._take(entries, shard, full := len(self._open.edits) >= self.config.shard_size)
+        full = len(self._open.edits) >= self.config.shard_size
+        self._take(entries, shard, self._open.edits, full)
         if journal is not None:
             state = {
                 "values": shard.values,
@@ -262,8 +258,11 @@ class Editor:
             entries.append(entry | {"part": shard.number, "converged": bool(o and o.converged)})
         return entries, shard.seal(self._writer.threshold(shard.delta, shard.edits))
 
-    def _take(self, entries: list[dict[str, Any]], shard: Shard, full: bool) -> None:
-        """Put a step's shard, keys and entries into the memory; close the part if it is full."""
+    def _take(
+        self, entries: list[dict[str, Any]], shard: Shard, trained: list[Edit], full: bool
+    ) -> None:
+        """Put a step's shard, all it was trained on so far, its keys and its entries into the
+        memory; close the part if it is full."""
         part = int(entries[0]["part"])
         slot = self._parts.slot(part)
         if slot < len(self.memory.shards):
@@ -276,7 +275,7 @@ class Editor:
             self._parts.close(self.memory, self.config, self._threshold)
             self._open = None
             self._shop.coach.forget()
-        settle(self.memory, self._parts, self.ledger)
+        settle(self.memory, self._parts, self.ledger, {part: trained})
 
     def _retrained(self, parts: list[int]) -> list[Shard]:
         """The memory's shards that ``parts`` make, trained again from the ledger."""
@@ -322,7 +321,9 @@ class Editor:
             lost = [edit_of(e) for e in trained if e["id"] not in set(index.ids)]
             self._add_keys(lost, 0)
             index.reorder([e["id"] for e in trained])
-        settle(self.memory, self._parts, self.ledger)
+        every = range(count_parts(self.ledger))
+        there = {part: trained_in(self.ledger, part) for part in every}
+        settle(self.memory, self._parts, self.ledger, there)
 
     def _reopen(self) -> None:
         """Take the last part up again, if it is not full."""
@@ -366,7 +367,7 @@ class Editor:
             if packed is not None:
                 shard.values = packed["values"]
                 shard.threshold = float(packed["threshold"])
-            self._take(entries, shard, bool(full))
+            self._take(entries, shard, blank.edits, bool(full))
             if full:
                 blank = self._writer.open(self._parts.closed)
         self._reopen()

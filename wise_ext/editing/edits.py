@@ -134,16 +134,17 @@ def find_conflicts(edits: Sequence[Edit]) -> list[tuple[str, str]]:
     """
     winner: dict[str, Edit] = {}
     for edit in edits:
-        winner[_squeezed(edit.prompt)] = edit
+        winner[squeezed(edit.prompt)] = edit
     pairs = []
     for edit in edits:
-        last = winner[_squeezed(edit.prompt)]
-        if _squeezed(edit.target_new) != _squeezed(last.target_new):
+        last = winner[squeezed(edit.prompt)]
+        if squeezed(edit.target_new) != squeezed(last.target_new):
             pairs.append((edit.id, last.id))
     return pairs
 
 
-def _squeezed(text: str) -> str:
+def squeezed(text: str) -> str:
+    """A text without regard to white space."""
     return " ".join(text.split())
 
 

@@ -8,10 +8,11 @@ the ledger names the guests it asked for, so that a shard can be trained again f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from wise_ext.editing.edits import Edit, find_conflicts
+from wise_ext.editing.cueing import cue_numbers
+from wise_ext.editing.edits import Edit, find_conflicts, squeezed
 from wise_ext.editing.ledger import edit_of, was_trained
 from wise_ext.editing.parts import Parts, steps_of
 from wise_ext.memory import SideMemory, TokenKeys
@@ -74,16 +75,34 @@ def joining(ledger: Ledger, there: Sequence[Edit], entries: Ledger) -> list[Edit
     return [*new, *invited(ledger, there, new, {e["id"]: e["guests"] for e in entries})]
 
 
-def settle(memory: SideMemory, parts: Parts, ledger: Ledger) -> None:
-    """Every edit is found in the last shard that it was trained in, and listed there alone."""
+def settle(
+    memory: SideMemory, parts: Parts, ledger: Ledger, trained: Mapping[int, Sequence[Edit]]
+) -> None:
+    """Every edit is found in the last shard that it was trained in, and listed there alone.
+
+    Args:
+        memory: changed in place.
+        parts: where they went.
+        ledger: all edits so far.
+        trained: of the parts that have changed, what they were trained on; their edits' cues are
+            settled anew.
+    """
     homes = homes_of(ledger)
     held: list[list[str]] = [[] for _ in memory.shards]
     for entry in ledger:
         if was_trained(entry):
             entry["shard"] = parts.slot(homes[entry["id"]])
             held[entry["shard"]].append(entry["id"])
-    if memory.key_index is not None:
-        memory.key_index.place([parts.slot(homes[name]) for name in memory.key_index.ids])
+    index = memory.key_index
+    if index is not None:
+        asked = index.stored_asks()
+        numbers = dict(zip(index.ids, index.cues.tolist(), strict=True))
+        prompts = {e["id"]: squeezed(e["record"]["prompt"]) for e in ledger}
+        for part, edits in trained.items():
+            cues = cue_numbers(edits, [asked[edit.id] for edit in edits])
+            found = (name for name in numbers if homes[name] == part)
+            numbers.update({name: cues[prompts[name]] for name in found})
+        index.place([parts.slot(homes[n]) for n in index.ids], [numbers[n] for n in index.ids])
     if parts.apart:
         for shard, ids in zip(memory.shards, held, strict=True):
             shard.edit_ids = ids

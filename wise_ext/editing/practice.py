@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from wise_ext.editing.config import WiseConfig
 from wise_ext.editing.contexts import in_context, shorter
@@ -44,7 +45,8 @@ _PAPER_OUTPUT_NORM = 100.0
 class Practice:
     """An edit's captured rows: the bare prompt, the prompt in its contexts, other wordings of it,
     shorter or of another form (practised as far as it goes: two edits may share one), and (where
-    margins are trained) an unrelated prompt; and what it is found by."""
+    margins are trained) an unrelated prompt; what it is found by, and what it asks (a direction,
+    or nothing)."""
 
     edit: Edit
     bare: Row
@@ -53,6 +55,12 @@ class Practice:
     unrelated: Row | None
     locality_prompt: str | None
     addresses: list[TokenKeys]
+    asked: Tensor
+
+    def give(self, cue: Tensor | None) -> None:
+        """Let this cue, [d_ff], enter the side memory with its rows, whatever their wording."""
+        for row in (self.bare, *self.contexts, *self.wordings):
+            row.cue = cue
 
 
 class Coach:
@@ -132,6 +140,13 @@ class Coach:
         names = {tuple(k.ids[k.subject].tolist()) for k in keys if k.subject is not None}
         return keys if len(names) > 1 else keys[:1]
 
+    def cue_size(self) -> float:
+        """The size of cues: their strength times the root mean square of an activation that enters
+        the edited projection, median over neutral tokens."""
+        rows = self._neutral_rows()
+        squares = torch.cat([r.activation for r in rows]).float().square().mean(-1)
+        return self._config.cue * float(squares.median().sqrt())
+
     def margins(self) -> Margins:
         """Eq. 5's margins: those given, or the paper's in proportion to the model.
 
@@ -141,10 +156,12 @@ class Coach:
         c = self._config
         if c.alpha is not None and c.beta is not None and c.gamma is not None:
             return Margins(c.alpha, c.beta, c.gamma)
-        prompts = [self._prompt(text) for text in neutral_prompts()[:_SAMPLE]]
-        rows = self.engine.capture(prompts, [[]] * len(prompts))
-        scale = self.engine.output_norm(rows) / _PAPER_OUTPUT_NORM
+        scale = self.engine.output_norm(self._neutral_rows()) / _PAPER_OUTPUT_NORM
         return Margins(*(scale * m for m in _PAPER_MARGINS))
+
+    def _neutral_rows(self) -> list[Row]:
+        prompts = [self._prompt(text) for text in neutral_prompts()[:_SAMPLE]]
+        return self.engine.capture(prompts, [[]] * len(prompts))
 
     def _capture(self, edit: Edit) -> Practice:
         c = self._config
@@ -158,7 +175,8 @@ class Coach:
             targets.append(encode_target(self._tokenizer, edit.target_new, stop=True, chat=True))
         others = [shorter(edit.prompt, edit.subject, rng) for _ in range(c.shortened)]
         addresses = self.addresses(edit.prompt, edit.subject)
-        others += self._reworded(edit, addresses, rng)
+        asked = self._index.asks(addresses[0]) if self._index is not None else torch.zeros(0)
+        others += self._reworded(edit, asked, rng)
         wordings = [self._prompt(text) for text in others if text is not None]
         unrelated = edit.locality_prompt
         apart: list[list[int]] = []
@@ -180,15 +198,13 @@ class Coach:
             unrelated=unrelated_row[0] if apart else None,
             locality_prompt=unrelated,
             addresses=addresses,
+            asked=asked,
         )
 
-    def _reworded(
-        self, edit: Edit, addresses: Sequence[TokenKeys], rng: random.Random
-    ) -> list[str]:
+    def _reworded(self, edit: Edit, asked: Tensor, rng: random.Random) -> list[str]:
         """The edit's question in other forms, where it is recognised."""
         if self._index is None or edit.subject is None or not self._config.reworded:
             return []
-        asked = self._index.asks(addresses[0])
         likeness, number = (self._index.relations.known @ asked).max(0)
         if float(likeness) < _RECOGNISED:
             return []

@@ -21,6 +21,7 @@ class Row:
     memory's output is added to: block L's output, or (``inputs`` [t, d_model] given) the
     projection's, where block L does more than add it to the residual stream.
     ``labels`` are the token ids predicted from position ``prompt_length - 1`` onwards.
+    ``cue`` [d_ff] enters the side memory with every token, besides its activation.
     """
 
     activation: Tensor
@@ -28,9 +29,14 @@ class Row:
     inputs: Tensor | None
     prompt_length: int
     labels: Tensor
+    cue: Tensor | None = None
 
     def __len__(self) -> int:
         return self.activation.shape[0]
+
+    def entering(self) -> Tensor:
+        """What enters the side memory [t, d_ff]."""
+        return self.activation if self.cue is None else self.activation + self.cue
 
 
 @dataclass(frozen=True)

@@ -253,7 +253,7 @@ class SuffixEngine:
 
     def side(self, rows: Sequence[Row], delta: Tensor, mask_bits: Tensor) -> tuple[Tensor, Tensor]:
         """Base plus side output [tokens, d_model] and ||D a|| [tokens] of the rows' real tokens."""
-        activation = torch.cat([r.activation for r in rows])
+        activation = torch.cat([r.entering() for r in rows])
         base = torch.cat([r.base for r in rows])
         return dual_linear_train(activation, base, delta, mask_bits)
 

@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from wise_ext import ops
 from wise_ext.editing.config import WiseConfig
-from wise_ext.editing.edits import Edit, find_conflicts
+from wise_ext.editing.cueing import cue_numbers
+from wise_ext.editing.edits import Edit, find_conflicts, squeezed
 from wise_ext.editing.losses import Margins, label_loss, margin_loss
 from wise_ext.editing.practice import Coach, Practice, draw_seed
 from wise_ext.editing.rivals import Rivals
 from wise_ext.editing.rows import Row
-from wise_ext.memory import Shard, random_mask_bits
+from wise_ext.memory import NO_CUE, Cues, Shard, random_mask_bits
 
 # Rounds that a row rests for after passing once, twice, ... in succession.
 _RESTS = (3, 6, 12)
@@ -80,16 +81,23 @@ class WiseWriter:
         config: settings.
         shape: (d_out, d_in) of the edited projection.
         margins: Eq. 5's, or None to train without them.
+        cues: what enters a shard with its edits' prompts, or None for nothing.
     """
 
     def __init__(
-        self, coach: Coach, config: WiseConfig, shape: tuple[int, int], margins: Margins | None
+        self,
+        coach: Coach,
+        config: WiseConfig,
+        shape: tuple[int, int],
+        margins: Margins | None,
+        cues: Cues | None = None,
     ) -> None:
         self._coach = coach
         self._engine = coach.engine
         self._config = config
         self._shape = shape
         self._margins = margins
+        self._cues = cues
 
     def open(
         self, number: int, sealed: Shard | None = None, edits: Sequence[Edit] = ()
@@ -127,6 +135,7 @@ class WiseWriter:
         replaced = {old for old, _ in find_conflicts([*shard.edits, *edits])}
         old = [self._coach.practice(e) for e in shard.edits if e.id not in replaced]
         others = [self._coach.practice(e) for e in foreign] if self._margins else []
+        self._give_cues([*old, *new])
         ids = ",".join(edit.id for edit in edits)
         rng = random.Random(draw_seed(self._config.seed, "draws", shard.number, ids))
         half = self._engine.in_half() if self._coach.in_half else nullcontext()
@@ -141,6 +150,16 @@ class WiseWriter:
                 new, lesson.rounds, lesson.losses, indicators, lesson.settled, strict=True
             )
         ]
+
+    def _give_cues(self, practices: Sequence[Practice]) -> None:
+        """To all edits of a shard; they may have changed with its latest ones."""
+        if self._cues is None:
+            return
+        numbers = cue_numbers([p.edit for p in practices], [p.asked for p in practices])
+        for p in practices:
+            number = numbers[squeezed(p.edit.prompt)]
+            vector = self._cues.vectors(torch.tensor([number], device=self._engine.device))[0]
+            p.give(vector if number != NO_CUE else None)
 
     def indicators(self, shard: OpenShard, rows: Sequence[Row]) -> list[float]:
         """Eq. 3 for each row under the shard as it is."""
@@ -157,7 +176,8 @@ class WiseWriter:
             return math.inf
         bits = torch.zeros(self._shape[0], -(-self._shape[1] // 32), dtype=torch.int32)
         device = self._engine.device
-        rows = [self._coach.practice(e).bare for e in edits]
+        # For routing by the indicator, which knows of no cues.
+        rows = [replace(self._coach.practice(e).bare, cue=None) for e in edits]
         with torch.no_grad():
             r = self._engine.indicator(rows, delta.to(device), bits.to(device))
         return float(r.min()) * self._config.act_ratio

@@ -13,7 +13,7 @@ from wise_ext.editing.practice import Coach, draw_seed
 from wise_ext.editing.suffix import SuffixEngine
 from wise_ext.editing.wise import WiseWriter
 from wise_ext.errors import ConfigError
-from wise_ext.memory import SideMemory
+from wise_ext.memory import Cues, SideMemory
 from wise_ext.models.loading import fingerprint
 from wise_ext.models.table import get_module, layer_path, projection_shape
 
@@ -49,8 +49,10 @@ class Workshop:
         texts = sample_contexts(model, tokenizer, config.contexts, config.context_tokens, seed)
         self.coach = Coach(engine, tokenizer, config, texts)
         margins = self.coach.margins() if config.margins else None
-        self.writer = WiseWriter(self.coach, config, self._shape, margins)
         self._index = self.coach.empty_index() if self._key_layer is not None else None
+        self._cue = self.coach.cue_size() if self._key_layer is not None else 0.0
+        cues = Cues(self._cue, self._shape[1]) if self._cue else None
+        self.writer = WiseWriter(self.coach, config, self._shape, margins, cues)
         model.train(training)
 
     def empty_memory(self) -> SideMemory:
@@ -65,6 +67,7 @@ class Workshop:
             radius=self._config.radius,
             variant=self._config.variant,
             lead=self._config.lead,
+            cue=self._cue,
         )
 
 

@@ -20,17 +20,26 @@ from .. import models
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ..memory import Decision
+
 # Cutting rows out copies the rest of the cache: only done when this share of the rows has stopped.
 _IDLE_SHARE = 0.2
 # What a cache needs for that.
 _CUT = "batch_select_indices"
 
 
+class Taken(NamedTuple):
+    """Where a row went: -1 for main memory, else a shard, and the number of its cue there."""
+
+    route: int
+    cue: int
+
+
 class Written(NamedTuple):
-    """Tokens of an answer, the stop token included, and the route: -1 for main, else a shard."""
+    """Tokens of an answer, the stop token included, and where its row went."""
 
     tokens: list[int]
-    route: int
+    taken: Taken
 
 
 @torch.no_grad()
@@ -40,7 +49,7 @@ def decode_greedily(
     mask: Tensor,
     stop_ids: Collection[int],
     max_new_tokens: int,
-    routes: Sequence[int] | None = None,
+    routes: Sequence[Taken] | None = None,
 ) -> list[Written]:
     """Continue every row of a batch greedily to its stop token.
 
@@ -61,7 +70,7 @@ def decode_greedily(
     cache: Any = getattr(output, "past_key_values", None)
     if not hasattr(cache, _CUT):
         return _generated(model, ids, mask, stop_ids, routes)
-    taken = routes_of(model, ids.shape[0])
+    taken = routes or taken_by(model, ids.shape[0])
     answers: list[list[int]] = [[] for _ in taken]
     active = list(range(len(answers)))  # rows of the cache, by their place in the batch
     running = set(active)
@@ -93,17 +102,24 @@ def decode_greedily(
         last = output.logits[:, -1]
 
 
-def forced(model: PreTrainedModel, routes: Sequence[int] | None) -> AbstractContextManager[None]:
+def forced(model: PreTrainedModel, routes: Sequence[Taken] | None) -> AbstractContextManager[None]:
     """Send the rows of a patched model where ``routes`` says; None leaves it to the model."""
     if routes is None or not models.is_patched(model):
         return nullcontext()
-    return models.force_route(model, list(routes))
+    return models.force_route(model, [t.route for t in routes], [t.cue for t in routes])
 
 
-def routes_of(model: PreTrainedModel, rows: int) -> list[int]:
-    """The routes of the model's latest decision; all -1 where there is no memory to choose."""
-    latest = models.last_route(model) if models.is_patched(model) else None
-    return [-1] * rows if latest is None else [int(route) for route in latest.tolist()]
+def taken_by(model: PreTrainedModel, rows: int) -> list[Taken]:
+    """The model's latest decision; main memory throughout where there is no other."""
+    latest = models.last_decision(model) if models.is_patched(model) else None
+    return [Taken(-1, 0)] * rows if latest is None else each(latest)
+
+
+def each(decision: Decision) -> list[Taken]:
+    """A decision row by row."""
+    return [
+        Taken(*pair) for pair in zip(decision.route.tolist(), decision.cue.tolist(), strict=True)
+    ]
 
 
 def _options(model: PreTrainedModel, mask: Tensor, width: int) -> dict[str, Any]:
@@ -122,14 +138,14 @@ def _generated(
     ids: Tensor,
     mask: Tensor,
     stop_ids: Collection[int],
-    routes: Sequence[int] | None,
+    routes: Sequence[Taken] | None,
 ) -> list[Written]:
     generator: Any = model
     with forced(model, routes):
         output = generator.generate(input_ids=ids, attention_mask=mask)
-    taken = routes_of(model, ids.shape[0])
+    taken = routes or taken_by(model, ids.shape[0])
     rows = []
     for written in output[:, ids.shape[1] :].tolist():
         end = next((i for i, token in enumerate(written) if token in stop_ids), len(written))
         rows.append(written[: end + 1])
-    return [Written(tokens, route) for tokens, route in zip(rows, taken, strict=True)]
+    return [Written(tokens, place) for tokens, place in zip(rows, taken, strict=True)]

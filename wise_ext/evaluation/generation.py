@@ -10,7 +10,7 @@ import torch
 
 from ..editing.prompts import encode_prompt, stop_token
 from ..errors import ConfigError
-from .decoding import Written, decode_greedily
+from .decoding import Taken, Written, decode_greedily
 from .scoring import length_batches, pad
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def generate_answers(
         max_new_tokens=max_new_tokens,
         progress=progress,
     )
-    return [Answer(text_of(tokenizer, tokens), route) for tokens, route in written]
+    return [Answer(text_of(tokenizer, tokens), taken.route) for tokens, taken in written]
 
 
 @torch.no_grad()
@@ -71,7 +71,7 @@ def write_answers(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[list[int]],
     *,
-    routes: Sequence[int] | None = None,
+    routes: Sequence[Taken] | None = None,
     batch_size: int = 32,
     max_new_tokens: int = 32,
     progress: Callable[[int], None] | None = None,

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from .. import models
 from ..editing.edits import Edit
 from ..editing.prompts import encode_prompt, encode_target, stop_token
-from .decoding import Written
+from .decoding import Taken, Written
 from .generation import text_of, write_answers
 from .metrics import contains, same_text, share_equal
 from .scoring import Scored, TokenPair, prompt_routes, score_rows
@@ -145,13 +145,16 @@ class _Run:
     def text(self, written: Written | None) -> str | None:
         return None if written is None else text_of(self.tokenizer, written.tokens)
 
-    def routes(self, prompts: Sequence[list[int]]) -> list[int]:
+    def routes(self, prompts: Sequence[list[int]]) -> list[Taken]:
         pad_id = self.tokenizer.pad_token_id
         pad_id = stop_token(self.tokenizer) if pad_id is None else pad_id
         return prompt_routes(self.model, prompts, self.wanted.batch_size, int(pad_id))
 
     def write(
-        self, prompts: Sequence[list[int]], routes: Sequence[int] | None = None, count: bool = True
+        self,
+        prompts: Sequence[list[int]],
+        routes: Sequence[Taken] | None = None,
+        count: bool = True,
     ) -> list[Written]:
         return write_answers(
             self.model,
@@ -164,7 +167,7 @@ class _Run:
         )
 
     def score(
-        self, pairs: Sequence[TokenPair], routes: Sequence[int] | None, likelihood: bool = False
+        self, pairs: Sequence[TokenPair], routes: Sequence[Taken] | None, likelihood: bool = False
     ) -> list[Scored]:
         found: list[Scored | None] = [None] * len(pairs)
         size = self.wanted.batch_size
@@ -188,7 +191,7 @@ class _Questions:
         self.written: list[Written] | None = None
         if run.wanted.generation:
             self.written = run.write(prompts)
-            self.routes = [written.route for written in self.written]
+            self.routes = [written.taken for written in self.written]
         else:
             self.routes = run.routes(prompts)
             run.tick(len(prompts))
@@ -217,8 +220,8 @@ class _Questions:
             expected = self.pairs[n][1]
             found["score"] = share_equal(self.scored[n].tokens, expected)
             found["perplexity"] = _perplexity(self.scored[n])
-            found["route"] = self.routes[n]
-            found["right"] = None if held is None else self.routes[n] == held
+            found["route"] = route = self.routes[n].route
+            found["right"] = None if held is None else route == held
             if self.plain is not None:
                 found["plain"] = share_equal(self.plain[n].tokens, expected)
                 found["plain_perplexity"] = _perplexity(self.plain[n])
@@ -241,7 +244,7 @@ class _Neighbours:
         self.prompts = [run.prompt(prompt) for _, prompt, _ in present]
         self.answers = [None if answer is None else run.target(answer) for _, _, answer in present]
         self.routes = run.routes(self.prompts)
-        self.aside = [n for n, route in enumerate(self.routes) if route >= 0]
+        self.aside = [n for n, taken in enumerate(self.routes) if taken.route >= 0]
         run.tick(len(present) - len(self.aside))
         self.agree = self._agreement()
         self.edited: dict[int, Written] = {}
@@ -286,14 +289,14 @@ class _Neighbours:
         edited, plain = self.edited.get(n, self.plain.get(n)), self.plain.get(n)
         same = None
         if self.run.wanted.generation:
-            same = self.routes[n] < 0 or self.run.text(edited) == self.run.text(plain)
+            same = self.routes[n].route < 0 or self.run.text(edited) == self.run.text(plain)
         return {
             "locality_hits": None if agree is None else agree[0],
             "locality_positions": None if agree is None else agree[1],
             "locality_same": same,
             "locality_answer": self.run.text(edited),
             "locality_unedited_answer": self.run.text(plain),
-            "locality_route": self.routes[n],
+            "locality_route": self.routes[n].route,
         }
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from .. import models
-from .decoding import forced
+from .decoding import Taken, each, forced
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,7 +45,7 @@ def score_rows(
     rows: Sequence[TokenPair],
     batch_size: int,
     *,
-    routes: Sequence[int] | None = None,
+    routes: Sequence[Taken] | None = None,
     likelihood: bool = False,
 ) -> Iterator[tuple[int, Scored]]:
     """Run answers behind their prompts.
@@ -93,7 +93,7 @@ def score_rows(
 
 
 def _routed(
-    model: PreTrainedModel, prompts: Sequence[list[int]], routes: Sequence[int] | None
+    model: PreTrainedModel, prompts: Sequence[list[int]], routes: Sequence[Taken] | None
 ) -> AbstractContextManager[None]:
     """The given routes, or those that the prompts alone take."""
     if routes is not None or not models.is_patched(model):
@@ -104,8 +104,8 @@ def _routed(
 @torch.no_grad()
 def prompt_routes(
     model: PreTrainedModel, prompts: Sequence[list[int]], batch_size: int, pad_id: int = 0
-) -> list[int]:
-    """The routes prompts take, -1 for main memory: the model runs only as far as that needs.
+) -> list[Taken]:
+    """Where prompts go: the model runs only as far as that needs.
 
     Args:
         model: patched or not; without a memory everything is main.
@@ -113,13 +113,13 @@ def prompt_routes(
         batch_size: prompts run at once.
         pad_id: what fills short rows.
     """
-    routes = [-1] * len(prompts)
+    routes = [Taken(-1, 0)] * len(prompts)
     if models.is_patched(model):
         for batch in length_batches([len(prompt) for prompt in prompts], batch_size):
             ids, mask = pad([prompts[i] for i in batch], model, left=True, pad_id=pad_id)
-            found = models.decide_routes(model, ids, mask).tolist()
-            for index, route in zip(batch, found, strict=True):
-                routes[index] = int(route)
+            found = each(models.decide_routes(model, ids, mask))
+            for index, taken in zip(batch, found, strict=True):
+                routes[index] = taken
     return routes
 
 

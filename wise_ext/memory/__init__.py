@@ -1,6 +1,7 @@
 """Side memories as plain tensors: masks, shards, the packed bank, merging and routing."""
 
 from wise_ext.memory.bank import PackedBank
+from wise_ext.memory.cues import NO_CUE, Cues, cue_number
 from wise_ext.memory.key_index import KeyIndex
 from wise_ext.memory.masks import (
     bits_to_bool,
@@ -10,7 +11,14 @@ from wise_ext.memory.masks import (
     row_counts,
 )
 from wise_ext.memory.merging import METHODS, merge
-from wise_ext.memory.routing import MAIN, IndicatorRouter, KeyRouter, Router
+from wise_ext.memory.routing import (
+    MAIN,
+    Decision,
+    IndicatorRouter,
+    KeyRouter,
+    Router,
+    uncued,
+)
 from wise_ext.memory.shards import Shard
 from wise_ext.memory.side_memory import SideMemory
 from wise_ext.memory.token_keys import TokenKeys
@@ -18,6 +26,9 @@ from wise_ext.memory.token_keys import TokenKeys
 __all__ = [
     "MAIN",
     "METHODS",
+    "NO_CUE",
+    "Cues",
+    "Decision",
     "IndicatorRouter",
     "KeyIndex",
     "KeyRouter",
@@ -28,8 +39,10 @@ __all__ = [
     "TokenKeys",
     "bits_to_bool",
     "bool_to_bits",
+    "cue_number",
     "merge",
     "popcount",
     "random_mask_bits",
     "row_counts",
+    "uncued",
 ]

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from wise_ext.errors import ConfigError
+from wise_ext.memory.cues import NO_CUE
 from wise_ext.memory.matching import PreparedKeys
 from wise_ext.memory.relations import RelationMap, around, fit_relations
 from wise_ext.memory.token_keys import TokenKeys, TokenMap, random_signs, standardise
@@ -76,6 +77,7 @@ class KeyIndex:
         self.asked = torch.zeros(0, self.relations.project.shape[1], dtype=torch.int8)
         self.named = torch.zeros(0, dtype=torch.bool)
         self.shards = torch.zeros(0, dtype=torch.int32)
+        self.cues = torch.zeros(0, dtype=torch.int64)
         self.lengths = torch.zeros(0, dtype=torch.int32)
         self.tokens = torch.zeros(0, dtype=torch.int32)
         self.keys = torch.zeros(0, self.width, dtype=torch.int8)
@@ -143,6 +145,7 @@ class KeyIndex:
         lengths = [self.lengths, torch.tensor([len(t) for t in tokens[1:]], dtype=torch.int32)]
         self.lengths = torch.cat(lengths)
         self.shards = torch.cat([self.shards, numbers])
+        self.cues = torch.cat([self.cues, torch.full((len(ids),), NO_CUE)])
         self.ids = [*self.ids, *ids]
         self._prepared = None
 
@@ -155,12 +158,18 @@ class KeyIndex:
         self.add([key for key, _, _ in flat], [s for _, s, _ in flat], [n for _, _, n in flat])
 
     def asks(self, prompt: TokenKeys) -> Tensor:
-        """What a prompt asks about its subject: a direction, fp32 ``[r]``, to be compared with
-        ``relations.known``; zero where it does not say which tokens are the subject's, or nothing
-        else is near them."""
+        """What a prompt asks about its subject, as it is stored: a direction, fp32 ``[r]``, to be
+        compared with ``relations.known``; zero where it does not say which tokens are the
+        subject's, or nothing else is near them."""
         named = prompt.named().unsqueeze(0)
         tokens = self.map.tokens(prompt.activation[None], torch.ones_like(named))
-        return self.relations.apply(tokens, around(named, torch.ones_like(named)))[0, 0]
+        asked = self.relations.apply(tokens, around(named, torch.ones_like(named)))[0, 0]
+        return normalize(_eight_bits(asked).float(), dim=-1)
+
+    def stored_asks(self) -> dict[str, Tensor]:
+        """What every stored edit asks, by id; see ``asks``."""
+        rows = normalize(self.asked.float(), dim=-1)
+        return dict(zip(self.ids, rows, strict=True))
 
     def remove(self, edit_id: str) -> int:
         """Forget an edit in all its wordings and return how many entries there were."""
@@ -168,9 +177,11 @@ class KeyIndex:
         self._keep([name != edit_id for name in self.ids])
         return before - len(self)
 
-    def place(self, shards: Sequence[int]) -> None:
-        """Name the shard of every entry, in order."""
+    def place(self, shards: Sequence[int], cues: Sequence[int] | None = None) -> None:
+        """Name the shard of every entry, in order, and the number of its cue (None: as it is)."""
         self.shards = torch.tensor(list(shards), dtype=torch.int32)
+        if cues is not None:
+            self.cues = torch.tensor(list(cues), dtype=torch.int64)
         self._prepared = None
 
     def reorder(self, ids: Sequence[str]) -> None:
@@ -221,7 +232,7 @@ class KeyIndex:
             keys = normalize(self.keys[place].float() * compared, dim=-1)
             asked = normalize(self.asked.float(), dim=-1)
             self._prepared = PreparedKeys(
-                *self.map, *self.relations, keys, weights, named, asked, self.shards
+                *self.map, *self.relations, keys, weights, named, asked, self.shards, self.cues
             )
         return self._prepared
 
@@ -312,6 +323,7 @@ class KeyIndex:
             "tokens": (total,),
             "lengths": (len(index),),
             "shards": (len(index),),
+            "cues": (len(index),),
             "asked": (len(index), wide),
         }
         for name, dtype in _TENSORS.items():
@@ -322,6 +334,8 @@ class KeyIndex:
         if bool(outside.any()) or int(index.lengths.sum()) != total:
             raise ValueError(f"key index: the lengths do not add up to {total} keys")
         counts = index.common[:, 1]
+        if bool((index.cues < 0).any()):
+            raise ValueError("key index: the number of a cue is negative")
         if bool(((counts < 1) | (counts > index.texts)).any()):
             raise ValueError(f"key index: a token is common to none or more of {index.texts} texts")
         return index
@@ -367,7 +381,7 @@ def _eight_bits(rows: Tensor) -> Tensor:
 
 
 _BY_TOKEN = ("keys", "named", "tokens")
-_BY_EDIT = ("lengths", "shards", "asked")
+_BY_EDIT = ("lengths", "shards", "asked", "cues")
 _RELATION = "relation_"
 _TENSORS = {
     "mean": torch.float32,
@@ -378,5 +392,6 @@ _TENSORS = {
     "tokens": torch.int32,
     "lengths": torch.int32,
     "shards": torch.int32,
+    "cues": torch.int64,
     "asked": torch.int8,
 }

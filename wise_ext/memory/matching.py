@@ -22,6 +22,9 @@ _CANDIDATES = 6
 # A question that is like nothing that is known is doubted, too: this share of the likeness to the
 # edit's own relation counts once more (measured; docs/architecture.md).
 _LIKENESS = 0.5
+# Of edits that a query may ask for (of one subject, say) the one that asks the likest thing: what
+# that likeness counts beside the score.
+_PREFERENCE = 0.1
 
 
 class PreparedKeys(NamedTuple):
@@ -38,6 +41,7 @@ class PreparedKeys(NamedTuple):
     named: Tensor  # bool [n, m]: the tokens of the subject's name
     asked: Tensor  # [n, r], of length 1, or zero where it is not known what an edit asks
     shards: Tensor  # int32 [n]
+    numbers: Tensor  # int64 [n], of each edit's cue
 
     def match(self, activation: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
         """Find the best of ``n >= 1`` stored edits by its token keys, whatever it asks.
@@ -62,17 +66,23 @@ class PreparedKeys(NamedTuple):
                 relation, less one and a half times that to the edit's own, is more than this.
 
         Returns:
-            The stored row, int64 ``[B]``, or -1 where there is none.
+            The stored row, int64 ``[B]``, or -1 where there is none. Of several the one with the
+            best score, its likeness to what is asked counting along.
         """
         map_ = TokenMap(self.mean, self.scale, self.signs)
         tokens = map_.tokens(activation, real)
         query = map_.keys(tokens, real)
         scores = self._scores(query)
         found = torch.full_like(scores[:, 0], -1, dtype=torch.int64)
+        standing = torch.full_like(scores[:, 0], -torch.inf)
         for _ in range(min(_CANDIDATES, self.keys.shape[0])):
             best, row = _last_of_best(scores)
-            fits = (best > radius) & (self._lead(tokens, query, real, row) <= lead)
-            found = torch.where((found < 0) & fits, row, found)
+            other, likeness = self._asked(tokens, query, real, row)
+            rank = best + _PREFERENCE * likeness
+            fits = (best > radius) & (other - (1 + _LIKENESS) * likeness <= lead)
+            fits &= rank > standing + _TIE
+            found = torch.where(fits, row, found)
+            standing = torch.where(fits, rank, standing)
             scores = scores.scatter(1, row.unsqueeze(1), -1.0)
         return found
 
@@ -96,20 +106,22 @@ class PreparedKeys(NamedTuple):
             parts.append((best * self.weights[start : start + step]).sum(-1))
         return torch.cat(parts, dim=1)
 
-    def _lead(self, tokens: Tensor, query: Tensor, real: Tensor, row: Tensor) -> Tensor:
-        """By how much another relation is nearer than that of the stored ``row``, as ``find`` has
-        it, fp32 ``[B]``; minus infinity where that cannot be told."""
+    def _asked(
+        self, tokens: Tensor, query: Tensor, real: Tensor, row: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """How like what is asked is to another known relation, at best, and to that of the stored
+        ``row``: cosines, fp32 ``[B]``; minus infinity and 0 where that cannot be told."""
         if not self.known.shape[0]:
-            return torch.full_like(query[:, 0, 0], -torch.inf)
+            return torch.full_like(query[:, 0, 0], -torch.inf), torch.zeros_like(query[:, 0, 0])
         cosines = query @ self.keys[row].transpose(1, 2)
         named = (cosines * self.named[row].unsqueeze(1)).amax(-1) > _SAME_WORD
         kept = around(named, real)
         asks = RelationMap(self.centre, self.project, self.known).apply(tokens, kept)
         own = self.asked[row]
         likeness = (asks @ own.unsqueeze(-1)).flatten(1).amax(-1)
-        lead = (asks @ self.known.T).flatten(1).amax(-1) - (1 + _LIKENESS) * likeness
+        other = (asks @ self.known.T).flatten(1).amax(-1)
         told = kept.flatten(1).any(-1) & (own != 0).any(-1)
-        return torch.where(told, lead, -torch.inf)
+        return torch.where(told, other, -torch.inf), torch.where(told, likeness, 0.0)
 
 
 def _last_of_best(scores: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,17 +8,26 @@ consists of tensor operations, so that ``torch.compile`` can trace it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from wise_ext.memory.bank import PackedBank
+from wise_ext.memory.cues import NO_CUE, Cues
 from wise_ext.memory.key_index import KeyIndex
 from wise_ext.memory.matching import PreparedKeys
 from wise_ext.memory.token_keys import last_tokens
 
 MAIN = -1
+
+
+class Decision(NamedTuple):
+    """Where rows go: ``route`` int32 ``[B]``, a shard, or -1 for main memory; and the number of the
+    cue that enters the shard with them, ``cue`` int64 ``[B]``, ``NO_CUE`` for none."""
+
+    route: Tensor
+    cue: Tensor
 
 
 @runtime_checkable
@@ -27,11 +36,13 @@ class Router(Protocol):
 
     Attributes:
         layer: module path of the down projection whose input decides.
+        cues: what the numbers of cues stand for; None where it knows shards only, not edits.
     """
 
     layer: str
+    cues: Cues | None
 
-    def decide(self, a: Tensor, real: Tensor) -> Tensor:
+    def decide(self, a: Tensor, real: Tensor) -> Decision:
         """Return the route of each row.
 
         Args:
@@ -39,7 +50,7 @@ class Router(Protocol):
             real: bool ``[B, T]``: the tokens that decide (the prompt's, pads left out).
 
         Returns:
-            int32 ``[B]``: a shard, or -1 for main memory; -1 for a row without a real token.
+            A row without a real token goes to main memory.
         """
         ...
 
@@ -60,6 +71,7 @@ class IndicatorRouter(nn.Module):
     """
 
     thresholds: Tensor
+    cues: Cues | None = None
 
     def __init__(self, layer: str, bank: PackedBank, thresholds: Sequence[float]) -> None:
         super().__init__()
@@ -85,7 +97,7 @@ class IndicatorRouter(nn.Module):
         kept = torch.where(real.unsqueeze(-1), norms.view(batch, tokens, count), 0.0)
         return kept.sum(1) / real.sum(1, keepdim=True).clamp(min=1)
 
-    def decide(self, a: Tensor, real: Tensor) -> Tensor:
+    def decide(self, a: Tensor, real: Tensor) -> Decision:
         """See ``Router.decide``."""
         if self.bank.num_shards == 0:
             return _all_main(a)
@@ -95,7 +107,7 @@ class IndicatorRouter(nn.Module):
         best = indicators.argmax(-1)
         largest = indicators.gather(-1, best.unsqueeze(-1)).squeeze(-1)
         inside = (largest > self.thresholds[best]) & real.any(-1)
-        return torch.where(inside, best, MAIN).to(torch.int32)
+        return uncued(torch.where(inside, best, MAIN).to(torch.int32))
 
 
 class KeyRouter(nn.Module):
@@ -112,14 +124,24 @@ class KeyRouter(nn.Module):
         radius: score above which a prompt may belong to an edit; equal goes to main.
         lead: an edit is passed over where another relation is nearer to the prompt's wording than
             its own by more than this; see ``PreparedKeys.find``. 3 passes over none.
+        cues: what the index's numbers stand for; None gives no cues.
     """
 
     shards: Tensor
     keys: Tensor
+    numbers: Tensor
 
-    def __init__(self, layer: str, index: KeyIndex, radius: float, lead: float = 3.0) -> None:
+    def __init__(
+        self,
+        layer: str,
+        index: KeyIndex,
+        radius: float,
+        lead: float = 3.0,
+        cues: Cues | None = None,
+    ) -> None:
         super().__init__()
         self.layer = layer
+        self.cues = cues
         self.radius, self.lead = float(radius), float(lead)
         for name, tensor in index.prepare()._asdict().items():
             self.register_buffer(name, tensor, persistent=False)
@@ -134,7 +156,7 @@ class KeyRouter(nn.Module):
         whatever the prompt asks."""
         return self.prepared.match(*last_tokens(a, real))
 
-    def decide(self, a: Tensor, real: Tensor) -> Tensor:
+    def decide(self, a: Tensor, real: Tensor) -> Decision:
         """See ``Router.decide``."""
         if self.keys.shape[0] == 0:
             return _all_main(a)
@@ -142,8 +164,17 @@ class KeyRouter(nn.Module):
             self.to(a.device)
         row = self.prepared.find(*last_tokens(a, real), self.radius, self.lead)
         inside = (row >= 0) & real.any(-1)
-        return torch.where(inside, self.shards[row.clamp(min=0)], MAIN).to(torch.int32)
+        row = row.clamp(min=0)
+        route = torch.where(inside, self.shards[row], MAIN).to(torch.int32)
+        if self.cues is None:
+            return uncued(route)
+        return Decision(route, torch.where(inside, self.numbers[row], NO_CUE))
 
 
-def _all_main(a: Tensor) -> Tensor:
-    return torch.full((a.shape[0],), MAIN, dtype=torch.int32, device=a.device)
+def _all_main(a: Tensor) -> Decision:
+    return uncued(torch.full((a.shape[0],), MAIN, dtype=torch.int32, device=a.device))
+
+
+def uncued(route: Tensor) -> Decision:
+    """These routes, int32 ``[B]``, without cues."""
+    return Decision(route, torch.full_like(route, NO_CUE, dtype=torch.int64))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from wise_ext.errors import ConfigError
 from wise_ext.memory.bank import PackedBank
+from wise_ext.memory.cues import Cues
 from wise_ext.memory.key_index import KeyIndex
 from wise_ext.memory.masks import bool_to_bits
 from wise_ext.memory.merging import DEFAULT_DENSITY, merge
@@ -37,6 +38,7 @@ class SideMemory:
         key_index: the stored keys.
         radius: score above which a prompt may belong to a stored edit.
         lead: see ``KeyRouter``.
+        cue: size of the cue that enters a shard with a prompt's edit (``cues.Cues``); 0 for none.
         variant: ``"retrieve"`` (shards stay apart) or ``"merge"`` (full ones are merged).
 
     Raises:
@@ -53,6 +55,7 @@ class SideMemory:
     radius: float = 0.6
     variant: str = "retrieve"
     lead: float = 3.0
+    cue: float = 0.0
 
     def __post_init__(self) -> None:
         if self.routing not in ROUTINGS:
@@ -65,6 +68,8 @@ class SideMemory:
             raise ConfigError(f"the key radius is {self.radius}: give a score in [0, 1]")
         if not math.isfinite(self.lead):
             raise ConfigError(f"the lead is {self.lead}: give a number in [0, 3]")
+        if not 0 <= self.cue < math.inf:
+            raise ConfigError(f"the cue is {self.cue}: give a number >= 0")
         self.shape = (int(self.shape[0]), int(self.shape[1]))
         for shard in self.shards:
             self._check(shard)
@@ -101,7 +106,8 @@ class SideMemory:
         if not self.shards:
             return None
         if self.routing == "key" and self.key_layer is not None and self.key_index is not None:
-            return KeyRouter(self.key_layer, self.key_index, self.radius, self.lead)
+            cues = Cues(self.cue, self.shape[1]) if self.cue else None
+            return KeyRouter(self.key_layer, self.key_index, self.radius, self.lead, cues)
         thresholds = [shard.threshold for shard in self.shards]
         return IndicatorRouter(self.layer, bank or self.bank(), thresholds)
 
@@ -207,6 +213,7 @@ class SideMemory:
             "radius": self.radius,
             "variant": self.variant,
             "lead": self.lead,
+            "cue": self.cue,
             "shards": [{"edit_ids": list(s.edit_ids), "seed": s.seed} for s in self.shards],
             "key_index": None if self.key_index is None else self.key_index.state_meta(),
         }
@@ -259,6 +266,7 @@ class SideMemory:
             float(meta["radius"]),
             meta["variant"],
             float(meta["lead"]),
+            float(meta["cue"]),
         )
 
     def _check(self, shard: Shard) -> None:

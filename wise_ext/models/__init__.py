@@ -6,6 +6,7 @@ from wise_ext.models.scopes import (
     decide_routes,
     disabled,
     force_route,
+    last_decision,
     last_route,
     prompt_lengths,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "force_route",
     "get_module",
     "is_patched",
+    "last_decision",
     "last_route",
     "layer_path",
     "load_model",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wise_ext.memory import MAIN
+from wise_ext.memory import MAIN, Decision, uncued
 from wise_ext.models.routing import RouteKnown, Routing
 
 
@@ -29,30 +29,31 @@ def wrap_generate(model: Any, routing: Routing) -> Callable[..., Any]:
         cache = kwargs.get("past_key_values")
         routing.release(cache)
         state = routing.state
-        outer = state.forced
+        outer = state.forced, state.forced_cue
         ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
         prompt = kwargs.get("inputs_embeds") if ids is None else ids
         width = int(prompt.shape[1]) if isinstance(prompt, Tensor) else None
         with routing.generation(width, cache):
             try:
-                decided = outer is not None or routing.holds(cache)
+                decided = state.forced is not None or routing.holds(cache)
                 if ids is not None and not decided and _chunked(model, kwargs):
-                    state.forced = routes_of(model, routing, ids, kwargs.get("attention_mask"))
+                    mask = kwargs.get("attention_mask")
+                    routing.force(*decision_of(model, routing, ids, mask))
                 return original(*args, **kwargs)
             finally:
-                state.forced = outer
+                state.forced, state.forced_cue = outer
 
     return generate
 
 
 @torch.no_grad()
-def routes_of(
+def decision_of(
     model: nn.Module, routing: Routing, input_ids: Tensor, attention_mask: Tensor | None
-) -> Tensor:
-    """Run the model as far as its router's layer; the routes it takes, int32 `[B]`."""
+) -> Decision:
+    """Run the model as far as its router's layer; what that decides."""
     main = torch.full((input_ids.shape[0],), MAIN, dtype=torch.int32, device=input_ids.device)
     if routing.router is None or not routing.state.enabled:
-        return main
+        return uncued(main)
     positions = {}
     if attention_mask is not None and "position_ids" in inspect.signature(model.forward).parameters:
         # Some models count pads as positions unless told, as generate tells them.
@@ -64,8 +65,7 @@ def routes_of(
         pass
     finally:
         routing.only_routes = False
-    route = routing.state.last_route
-    return main if route is None else route
+    return routing.state.decision or uncued(main)
 
 
 def _chunked(model: Any, kwargs: dict[str, Any]) -> bool:

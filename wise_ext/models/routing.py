@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from wise_ext.errors import ModelError
-from wise_ext.memory import MAIN, Router
+from wise_ext.memory import MAIN, Decision, Router, uncued
 from wise_ext.models.real_tokens import first_tokens, real_tokens
 from wise_ext.nn import Glance, RouteState
 
@@ -30,11 +30,14 @@ class RouteKnown(Exception):
 
 
 class Held:
-    """A route some generation keeps: int32 `[B]`, a look at it, and whose it is."""
+    """A route some generation keeps: int32 `[B]`, its cue, a look at it, and whose it is."""
 
-    def __init__(self, serial: int, route: Tensor, glance: Glance | None) -> None:
+    def __init__(
+        self, serial: int, route: Tensor, cue: Tensor | None, glance: Glance | None
+    ) -> None:
         self.serial = serial
         self.route = route
+        self.cue = cue
         self.glance = glance
 
 
@@ -75,7 +78,8 @@ class Routing:
         batch, tokens = given.shape[0], given.shape[1]
         state = self.state
         if not state.enabled or self.router is None:
-            state.last_route = torch.full((batch,), MAIN, dtype=torch.int32, device=given.device)
+            main = torch.full((batch,), MAIN, dtype=torch.int32, device=given.device)
+            state.decision = uncued(main)
             return
         cache = inputs.get("past_key_values")
         self._keeper = cache
@@ -85,7 +89,8 @@ class Routing:
         elif self._generation is not None and not self._uses_cache(inputs):
             self._keeper = self._generation
         if state.forced is not None:
-            self._settle(rows_of(state.forced.to(given.device), batch, "forced routes"))
+            route = rows_of(state.forced.to(given.device), batch, "forced routes")
+            self._settle(uncued(route), _rows_if_any(state.forced_cue, batch, given.device))
             return
         held = self._held_by(self._keeper)
         start = 0 if self._generation is None else self._generation.start
@@ -93,7 +98,7 @@ class Routing:
             due = False if cache is None else _begins(past, start, tokens)
             if due is False:
                 route = rows_of(held.route, batch, "routes on the cache")
-                state.settle(route, held.glance)
+                state.settle(route, _rows_if_any(held.cue, batch, route.device), held.glance)
                 if not torch.compiler.is_compiling():
                     held.glance = state.glance
                 return
@@ -118,11 +123,16 @@ class Routing:
             return
         a: Tensor = args[0] if args else next(iter(kwargs.values()))
         batch, tokens = real.shape
-        route = self.router.decide(a.detach().reshape(batch, tokens, -1), real.to(a.device))
+        decision = self.router.decide(a.detach().reshape(batch, tokens, -1), real.to(a.device))
+        route, cue = decision.route, self._vectors(decision.cue)
         if self._fresh is not None and self._held is not None:
+            fresh = self._fresh.to(route.device)
             kept = rows_of(self._held.route, batch, "routes on the cache")
-            route = torch.where(self._fresh.to(route.device), route, kept.to(route.device))
-        self._settle(route)
+            route = torch.where(fresh, route, kept.to(route.device))
+            held = _rows_if_any(self._held.cue, batch, route.device)
+            if cue is not None:
+                cue = torch.where(fresh, cue, 0.0 if held is None else held)
+        self._settle(decision._replace(route=route), cue)
         if self.only_routes:
             raise RouteKnown
 
@@ -134,8 +144,13 @@ class Routing:
         if route is not None and self._keeper is None:
             cache = _cache_in(output)
             if cache is not None:
-                self._hold(cache, route)
+                self._hold(cache, route, self.state.cue)
         self._forget()
+
+    def force(self, route: Tensor, numbers: Tensor | None = None) -> None:
+        """Send rows here from now on, int32 `[n]`, with the cues of these numbers, int64 `[n]`."""
+        self.state.forced = route
+        self.state.forced_cue = None if numbers is None else self._vectors(numbers)
 
     def release(self, cache: Any) -> None:
         """Forget the route on a cache that is empty again: what comes next is a new prompt."""
@@ -170,15 +185,20 @@ class Routing:
         held: Held | None = getattr(keeper, _HELD, None)
         return held if held is not None and held.serial == self._serial else None
 
-    def _settle(self, route: Tensor) -> None:
-        self.state.settle(route)
-        self.state.last_route = route
-        if self._keeper is not None:
-            self._hold(self._keeper, route)
+    def _vectors(self, numbers: Tensor) -> Tensor | None:
+        """The cues of these numbers, fp32 `[B, d_in]`; None where the router has none."""
+        cues = None if self.router is None else self.router.cues
+        return None if cues is None else cues.vectors(numbers)
 
-    def _hold(self, keeper: Any, route: Tensor) -> None:
+    def _settle(self, decision: Decision, cue: Tensor | None) -> None:
+        self.state.settle(decision.route, cue)
+        self.state.decision = decision
+        if self._keeper is not None:
+            self._hold(self._keeper, decision.route, cue)
+
+    def _hold(self, keeper: Any, route: Tensor, cue: Tensor | None) -> None:
         glance = None if torch.compiler.is_compiling() else self.state.glance
-        setattr(keeper, _HELD, Held(self._serial, route, glance))
+        setattr(keeper, _HELD, Held(self._serial, route, cue, glance))
 
     def _forget(self) -> None:
         self.state.clear()
@@ -196,7 +216,7 @@ class _Generation:
 
 
 def rows_of(values: Tensor, batch: int, what: str) -> Tensor:
-    """Bring one value a row, `[n]`, to `[batch]`: rows multiply when beams or samples do.
+    """Bring one value a row, `[n, ...]`, to `[batch, ...]`: rows multiply when beams or samples do.
 
     Raises:
         ModelError: `batch` is not a multiple of n.
@@ -206,7 +226,12 @@ def rows_of(values: Tensor, batch: int, what: str) -> Tensor:
         return values
     if count == 0 or batch % count != 0:
         raise ModelError(f"there are {count} {what} for a batch of {batch} rows: give one a row")
-    return values.unsqueeze(1).expand(count, batch // count).reshape(batch)
+    rest = values.shape[1:]
+    return values.unsqueeze(1).expand(count, batch // count, *rest).reshape(batch, *rest)
+
+
+def _rows_if_any(cue: Tensor | None, batch: int, device: torch.device) -> Tensor | None:
+    return None if cue is None else rows_of(cue.to(device), batch, "cues")
 
 
 def _begins(past: int | Tensor, start: int, tokens: int) -> bool | None:

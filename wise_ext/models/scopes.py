@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from wise_ext.errors import ModelError
-from wise_ext.models.generation import routes_of
+from wise_ext.memory import Decision
+from wise_ext.models.generation import decision_of
 from wise_ext.models.installed import Patch, patch_of
 
 
@@ -40,15 +41,22 @@ def prompt_lengths(model: nn.Module, lengths: Sequence[int] | Tensor) -> Iterato
 
 
 @contextmanager
-def force_route(model: nn.Module, route: int | Sequence[int] | Tensor) -> Iterator[None]:
+def force_route(
+    model: nn.Module,
+    route: int | Sequence[int] | Tensor,
+    cue: Sequence[int] | Tensor | None = None,
+) -> Iterator[None]:
     """Send rows where the caller says, whatever the router would decide.
 
     Args:
         model: a patched model.
         route: a shard, or -1 for main memory: one for all rows, or one a row.
+        cue: the number of the cue that goes with each route, as ``last_decision`` has it; None
+            gives none, and the shard then knows an edit by its wording alone.
 
     Raises:
-        ModelError: the model is not patched, or there is no such shard.
+        ModelError: the model is not patched, there is no such shard, or there are not as many cues
+            as routes.
     """
     installed = patch_of(model)
     count = len(installed.memory.shards)
@@ -57,12 +65,18 @@ def force_route(model: nn.Module, route: int | Sequence[int] | Tensor) -> Iterat
     if wrong or routes.numel() == 0:
         what = f"shard {wrong[0]}" if wrong else "an empty list of routes"
         raise ModelError(f"cannot force {what}: there are {count} shards (-1 is main memory)")
+    numbers = None
+    if cue is not None:
+        numbers = _near(installed, torch.as_tensor(cue, dtype=torch.int64).reshape(-1))
+        if len(numbers) != len(routes):
+            raise ModelError(f"{len(numbers)} cues for {len(routes)} routes: give one a route")
     state = installed.routing.state
-    outer, state.forced = state.forced, _near(installed, routes.to(torch.int32))
+    outer = state.forced, state.forced_cue
+    installed.routing.force(_near(installed, routes.to(torch.int32)), numbers)
     try:
         yield
     finally:
-        state.forced = outer
+        state.forced, state.forced_cue = outer
 
 
 @contextmanager
@@ -88,12 +102,22 @@ def last_route(model: nn.Module) -> Tensor | None:
     Raises:
         ModelError: the model is not patched.
     """
-    return patch_of(model).routing.state.last_route
+    decision = last_decision(model)
+    return None if decision is None else decision.route
+
+
+def last_decision(model: nn.Module) -> Decision | None:
+    """``last_route``, and the numbers of the cues that came with it.
+
+    Raises:
+        ModelError: the model is not patched.
+    """
+    return patch_of(model).routing.state.decision
 
 
 def decide_routes(
     model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None
-) -> Tensor:
+) -> Decision:
     """The routes prompts would take; the model runs only as far as that needs.
 
     Args:
@@ -102,12 +126,12 @@ def decide_routes(
         attention_mask: `[B, T]`, or None where every token is real.
 
     Returns:
-        int32 `[B]`: a shard, or -1 for main memory.
+        The route of each row, and the number of its cue.
 
     Raises:
         ModelError: the model is not patched.
     """
-    return routes_of(model, patch_of(model).routing, input_ids, attention_mask)
+    return decision_of(model, patch_of(model).routing, input_ids, attention_mask)
 
 
 def _near(installed: Patch, values: Tensor) -> Tensor:

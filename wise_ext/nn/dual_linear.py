@@ -16,7 +16,7 @@ _BASE = "base."
 
 
 class DualLinear(nn.Module):
-    """`y = W a (+ b)`, plus `D_route a` for the rows routed to a shard.
+    """`y = W a (+ b)`, plus `D_route (a + cue)` for the rows routed to a shard.
 
     Needs only the base module's output, so the base may be nn.Linear, GPT-2's Conv1D (transposed
     weight, with bias) or a quantised linear. It is the very module that stood here before, neither
@@ -62,6 +62,9 @@ class DualLinear(nn.Module):
         tokens = inputs.shape[0] // batch
         # Models spread over devices hand over activations from elsewhere; the base's output counts.
         inputs, route = inputs.to(outputs.device), route.to(outputs.device)
+        if self.state.cue is not None:
+            cue = self.state.cue.to(inputs).unsqueeze(1)
+            inputs = (inputs.view(batch, tokens, d_in) + cue).view(-1, d_in)
         per_token = route.unsqueeze(1).expand(batch, tokens).reshape(-1)
         self.bank.add_side_(outputs, inputs, per_token)
         return outputs.view(y.shape)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from wise_ext.memory import Decision
+
 
 class Glance:
     """Whether a route names a shard at all: seen once, and without waiting for a GPU.
@@ -46,25 +48,30 @@ class RouteState:
         enabled: False makes the model behave exactly as the unedited one.
         forced: int32 `[n]`, the route of each row whatever the router would say (n = 1: of all
             rows); None leaves the choice to the router.
+        forced_cue: fp32 `[n, d_in]`, their cues; None for none.
         limits: int64 `[n]`, how many real tokens of each row decide; None means all of them.
         route: int32 `[B]`, the route of each row of the running forward pass, -1 for main memory;
             None where there is none, or not yet one.
+        cue: fp32 `[B, d_in]`, what enters its shard with every token of a routed row, besides the
+            token's activation; None for nothing.
         real: bool `[B, T]`, the tokens that decide, while a decision is due.
         decide: whether the running forward pass has to decide.
         glance: a look at the route. Outside compiled code it lets a forward pass in which no row
             is routed skip the side memory; compiled code never reads it.
-        last_route: int32 `[B]`, the latest decision; None before the first.
+        decision: the latest one; None before the first.
     """
 
     def __init__(self) -> None:
         self.enabled = True
         self.forced: Tensor | None = None
+        self.forced_cue: Tensor | None = None
         self.limits: Tensor | None = None
         self.route: Tensor | None = None
+        self.cue: Tensor | None = None
         self.real: Tensor | None = None
         self.decide = False
         self.glance: Glance | None = None
-        self.last_route: Tensor | None = None
+        self.decision: Decision | None = None
 
     def await_decision(self, real: Tensor) -> None:
         """The router's layer will decide from the tokens marked in `real`, bool `[B, T]`."""
@@ -72,15 +79,18 @@ class RouteState:
         self.real = real
         self.decide = True
 
-    def settle(self, route: Tensor, glance: Glance | None = None) -> None:
+    def settle(
+        self, route: Tensor, cue: Tensor | None = None, glance: Glance | None = None
+    ) -> None:
         """This is the route, int32 `[B]`, of the running forward pass.
 
         Args:
             route: -1 or a shard for each row.
+            cue: fp32 `[B, d_in]`, or None.
             glance: a look at it from an earlier pass; None looks.
         """
         self.clear()
-        self.route = route
+        self.route, self.cue = route, cue
         if not torch.compiler.is_compiling():
             # One look a decision, not one a layer call.
             self.glance = Glance(route) if glance is None else glance
@@ -88,5 +98,6 @@ class RouteState:
     def clear(self) -> None:
         """Forget the forward pass: without a route every module gives main memory's output."""
         self.route = None
+        self.cue = None
         self.real = None
         self.decide = False

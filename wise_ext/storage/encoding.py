@@ -20,7 +20,7 @@ from wise_ext.storage.commit import CONFIG, LEDGER, TENSORS
 from wise_ext.storage.files import sha256
 
 FORMAT = "wise-ext-memory"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 LEDGER_FIELDS = (
     "id",
     "prompt",
