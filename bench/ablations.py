@@ -37,6 +37,7 @@ INGREDIENTS: dict[str, dict[str, Any]] = {
     },
     "no-margin": {"stop_margin": 0.0},
     "sgd": {"optimizer": "sgd", "learning_rate": 1.0},
+    "no-cue": {"cue": 0.0},
     "subject-alone": {"lead": 3.0},
     "strict": {"lead": 0.1},
     "indicator-router": {"router": "indicator", "margins": True},

@@ -153,11 +153,11 @@ def test_messages_name_file_cause_and_cure(example: Any, tmp_path: Path) -> None
 def test_another_format_version_is_refused(
     example: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encoding_module, "FORMAT_VERSION", 4)
+    monkeypatch.setattr(encoding_module, "FORMAT_VERSION", 5)
     monkeypatch.setattr(encoding_module, "__version__", "9.9")
     example.save(tmp_path)
     monkeypatch.undo()
-    with pytest.raises(StorageError, match=r"format version 4, .* reads version 3: .*\(9\.9\)"):
+    with pytest.raises(StorageError, match=r"format version 5, .* reads version 4: .*\(9\.9\)"):
         load_memory_dir(tmp_path)
 
 
