@@ -238,20 +238,38 @@ def test_a_search_is_the_definition_row_by_row(seed: int, lead: float) -> None:
     wanted = []
     for query in queries:
         scores = prepared.scores(*made.batch([query]))[0]
-        best = sorted(range(6), key=lambda i, s=scores: (round(float(s[i]), 5), i))[::-1]
-        passed = [i for i in best if scores[i] > 0.4 and _ahead(index, stored[i], query) <= lead]
-        wanted.append(passed[0] if passed else -1)
+        chosen, standing = -1, -math.inf
+        for i in sorted(range(6), key=lambda i, s=scores: (round(float(s[i]), 5), i))[::-1]:
+            other, likeness = _asked(index, stored[i], query)
+            rank = float(scores[i]) + 0.1 * likeness
+            fits = scores[i] > 0.4 and other - 1.5 * likeness <= lead
+            if fits and rank > standing + 1e-5:
+                chosen, standing = i, rank
+        wanted.append(chosen)
     assert _routes(index, queries, lead) == wanted
 
 
-def _ahead(index: KeyIndex, stored: TokenKeys, query: TokenKeys) -> float:
-    """How much nearer another relation is, the subject's name found by what its words are."""
-    name = stored.ids[stored.subject]
-    asks = index.asks(query._replace(subject=torch.isin(query.ids, name)))
+def _asked(index: KeyIndex, stored: TokenKeys, query: TokenKeys) -> tuple[float, float]:
+    """How like what is asked is to another relation and to the edit's own, the subject's name found
+    by what its words are."""
+    named = torch.isin(query.ids, stored.ids[stored.subject])
+    real = torch.ones(1, len(named), dtype=torch.bool)
+    tokens = index.map.tokens(query.activation[None], real)
+    asks = index.relations.apply(tokens, around(named.unsqueeze(0), real))[0, 0]
     own = index.asks(stored)
     if not asks.any() or not own.any():
-        return -math.inf
-    return float((index.relations.known @ asks).max() - 1.5 * (own @ asks))
+        return -math.inf, 0.0
+    return float((index.relations.known @ asks).max()), float(own @ asks)
+
+
+def test_no_lead_is_needed_to_tell_two_edits_of_a_subject_apart() -> None:
+    """Though the other was stored last, and the name scores as well."""
+    for order in ([0, 1], [1, 0]):
+        index = _index()
+        told = [_about([0, 40, 35, 1], seed=50), _about([0, 44, 35, 1], seed=51)]
+        index.add([told[i] for i in order], [0, 0], [str(i) for i in order])
+        asked = [made.text([2, 41, 35, 3], seed=61), made.text([2, 45, 35, 3], seed=62)]
+        assert _routes(index, asked, 3.0) == [order.index(0), order.index(1)]
 
 
 def test_relations_are_stored_and_refused_like_the_rest() -> None:
