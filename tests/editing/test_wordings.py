@@ -25,7 +25,7 @@ def test_every_relation_is_worded_in_several_forms_about_one_subject() -> None:
         assert len(relation.wordings) >= 2
         assert all(wording.count("{}") == 1 for wording in relation.wordings)
         forms = {wording.endswith("?") for wording in relation.wordings}
-        assert forms == {True, False}, relation
+        assert forms == {True, False} or relation.kind == "anything", relation
     for relation, made in zip(relations(), examples(), strict=True):
         assert [text for text, _ in made] == [
             wording.format(name) for wording, (_, name) in zip(relation.wordings, made, strict=True)

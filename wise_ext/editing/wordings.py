@@ -17,7 +17,10 @@ from wise_ext.editing.prompts import mentions
 
 
 class Relation(NamedTuple):
-    """Wordings of one question; ``{}`` stands for its subject, one of ``kind``."""
+    """Wordings of one question; ``{}`` stands for its subject, one of ``kind``.
+
+    Of ``anything`` one may ask nothing in particular ("Tell me about {}"): no edit answers that.
+    """
 
     kind: str
     wordings: tuple[str, ...]
