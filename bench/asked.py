@@ -5,8 +5,9 @@ A line is a piece or a prompt. A **piece** is a system prompt or a conversation 
 
 * ``id``; ``kind`` (`KINDS`); ``case``: ``edit`` or ``edit_after_edit`` where an edited fact is
   asked, else what makes a false alarm tempting: ``unrelated`` (nothing), ``same_subject`` (another
-  relation of an edited subject), ``same_relation`` (another subject), ``mentioned`` (an edited
-  subject comes up early in a long conversation), ``answered`` (an earlier turn asked the fact);
+  relation of an edited subject), ``open`` (the subject, and nothing in particular about it),
+  ``same_relation`` (another subject), ``mentioned`` (an edited subject comes up early in a long
+  conversation), ``answered`` (an earlier turn asked the fact);
 * ``facts``: the demo facts it asks, empty for main memory. Of two, either is right;
 * ``about``: the fact a negative comes close to, or (``edit_after_edit``) that was asked before;
 * ``text``: what the user says last; ``form``: ``chat`` puts everything into the model's chat
@@ -47,7 +48,7 @@ KINDS = (
     "embedded",
 )
 POSITIVE = ("edit", "edit_after_edit")
-NEGATIVE = ("unrelated", "same_subject", "same_relation", "mentioned", "answered")
+NEGATIVE = ("unrelated", "same_subject", "open", "same_relation", "mentioned", "answered")
 FORMS = ("text", "chat")
 _SPEAKERS = {"user": "User", "assistant": "Assistant"}
 
