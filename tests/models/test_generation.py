@@ -15,6 +15,7 @@ from wise_ext.errors import ModelError
 from wise_ext.models import (
     disabled,
     force_route,
+    last_decision,
     last_route,
     patch,
     prompt_lengths,
@@ -267,11 +268,11 @@ def test_forced_routes_follow_beams_and_end_with_their_block(llama: Setting) -> 
         pytest.raises(ModelError, match="there are 3 forced routes for a batch of 2 rows"),
     ):
         llama.model(llama.batch["input_ids"][:2])
-    with force_route(llama.model, 1):
+    with force_route(llama.model, 1, cue=[1001]):
         llama.model(torch.tensor([llama.rows[0]]))
-        assert last_route(llama.model).tolist() == [1]
+        assert [values.tolist() for values in last_decision(llama.model)] == [[1], [1001]]
     llama.model(torch.tensor([llama.rows[0]]))
-    assert last_route(llama.model).tolist() == [0]
+    assert [values.tolist() for values in last_decision(llama.model)] == [[0], [1000]]
 
 
 @pytest.mark.parametrize("lengths", [[0, 2, 2], [], [1.5, 2, 2]])

@@ -14,8 +14,10 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from wise_ext.memory import Decision
 from wise_ext.models import disabled, force_route, last_route, patch, prompt_lengths
 from wise_ext.models.installed import patch_of
+from wise_ext.nn import Course
 
 
 class Unlooked:
@@ -81,5 +83,8 @@ def test_a_forced_route_is_not_read(lab: SimpleNamespace) -> None:
         forget_values(mode, model)
         state = patch_of(model).routing.state
         assert state.forced is not None
-        state.forced = mode.from_tensor(state.forced)
+        decision, cue = state.forced
+        assert cue is not None
+        decision = Decision(*(mode.from_tensor(values) for values in decision))
+        state.forced = Course(decision, mode.from_tensor(cue))
         model(input_ids=mode.from_tensor(ids), use_cache=False)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from wise_ext.errors import ModelError
-from wise_ext.memory import PackedBank, Shard, random_mask_bits
-from wise_ext.nn import DualLinear, RouteState
+from wise_ext.memory import PackedBank, Shard, random_mask_bits, uncued
+from wise_ext.nn import Course, DualLinear, RouteState
 
 # torch deprecates its own quantised tensors, which serve here as a quantised base.
 pytestmark = pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
@@ -35,8 +35,8 @@ def dual(
     return DualLinear(base, bank, RouteState()).eval()
 
 
-def route(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
+def course(*routes: int) -> Course:
+    return Course(uncued(torch.tensor(routes, dtype=torch.int32)), None)
 
 
 def expected(base: nn.Module, x: Tensor, *routes: int) -> Tensor:
@@ -74,7 +74,7 @@ def base(request: pytest.FixtureRequest) -> nn.Module:
 @torch.no_grad()
 def test_routed_rows_get_their_shard_and_the_others_stay_bitwise(base: nn.Module) -> None:
     layer, x = dual(base), torch.randn(4, 5, D_IN)
-    layer.state.settle(route(1, -1, 0, 1))
+    layer.state.settle(course(1, -1, 0, 1))
     y = layer(x)
     torch.testing.assert_close(y, expected(base, x, 1, -1, 0, 1), rtol=1e-4, atol=1e-4)
     assert torch.equal(y[1], base(x)[1])
@@ -84,7 +84,7 @@ def test_routed_rows_get_their_shard_and_the_others_stay_bitwise(base: nn.Module
 @torch.no_grad()
 def test_flattened_and_strided_inputs(base: nn.Module) -> None:
     layer, x = dual(base), torch.randn(3, 4, 2 * D_IN)[..., :D_IN]
-    layer.state.settle(route(0, -1, 1))
+    layer.state.settle(course(0, -1, 1))
     y = layer(x)
     torch.testing.assert_close(y, expected(base, x, 0, -1, 1), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(layer(x.reshape(12, D_IN)), y.reshape(12, D_OUT))
@@ -95,11 +95,11 @@ def test_nothing_is_added_without_shards_or_routes(base: nn.Module) -> None:
     x = torch.randn(2, 3, D_IN)
     plain = base(x)
     empty = dual(base, [])
-    empty.state.settle(route(-1, -1))
+    empty.state.settle(course(-1, -1))
     assert torch.equal(empty(x), plain)
     layer = dual(base)
     assert torch.equal(layer(x), plain)
-    layer.state.settle(route(-1, -1))
+    layer.state.settle(course(-1, -1))
     assert torch.equal(layer(x), plain)
 
 
@@ -108,7 +108,7 @@ def test_nothing_is_added_without_shards_or_routes(base: nn.Module) -> None:
 def test_half_precision(dtype: torch.dtype) -> None:
     base = nn.Linear(D_IN, D_OUT).to(dtype)
     layer, x = dual(base, dtype=dtype), torch.randn(2, 3, D_IN, dtype=dtype)
-    layer.state.settle(route(1, -1))
+    layer.state.settle(course(1, -1))
     y = layer(x)
     assert y.dtype == dtype
     exact = expected(copy.deepcopy(base).float(), x.float(), 1, -1)
@@ -119,7 +119,7 @@ def test_half_precision(dtype: torch.dtype) -> None:
 def test_gradients_reach_the_input_through_both_weights() -> None:
     base = nn.Linear(D_IN, D_OUT)
     layer, x = dual(base), torch.randn(2, 3, D_IN, requires_grad=True)
-    layer.state.settle(route(1, -1))
+    layer.state.settle(course(1, -1))
     layer(x).sum().backward()
     assert x.grad is not None
     routed = (base.weight + SHARDS[1].dense()).sum(0).expand(3, D_IN)
@@ -170,7 +170,7 @@ def test_compiles_whole_and_once_for_all_routes() -> None:
 
     compiled = torch.compile(layer, fullgraph=True, backend=count)
     for routes in ((0, 1, -1), (-1, -1, -1), (1, 1, 1)):
-        layer.state.settle(route(*routes))
+        layer.state.settle(course(*routes))
         y = compiled(x)
         torch.testing.assert_close(y, expected(layer.base, x, *routes), rtol=1e-4, atol=1e-4)
     assert len(graphs) == 1
@@ -181,7 +181,7 @@ def test_compiles_whole_and_once_for_all_routes() -> None:
 def test_compiled_equals_eager(backend: str) -> None:
     base = nn.Linear(D_IN, D_OUT).to(torch.bfloat16)
     layer, x = dual(base, dtype=torch.bfloat16), torch.randn(2, 3, D_IN, dtype=torch.bfloat16)
-    layer.state.settle(route(1, -1))
+    layer.state.settle(course(1, -1))
     torch._dynamo.reset()
     try:
         y = torch.compile(layer, fullgraph=True, backend=backend)(x)

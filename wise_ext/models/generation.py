@@ -29,7 +29,7 @@ def wrap_generate(model: Any, routing: Routing) -> Callable[..., Any]:
         cache = kwargs.get("past_key_values")
         routing.release(cache)
         state = routing.state
-        outer = state.forced, state.forced_cue
+        outer = state.forced
         ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
         prompt = kwargs.get("inputs_embeds") if ids is None else ids
         width = int(prompt.shape[1]) if isinstance(prompt, Tensor) else None
@@ -38,10 +38,10 @@ def wrap_generate(model: Any, routing: Routing) -> Callable[..., Any]:
                 decided = state.forced is not None or routing.holds(cache)
                 if ids is not None and not decided and _chunked(model, kwargs):
                     mask = kwargs.get("attention_mask")
-                    routing.force(*decision_of(model, routing, ids, mask))
+                    state.forced = routing.course(decision_of(model, routing, ids, mask))
                 return original(*args, **kwargs)
             finally:
-                state.forced, state.forced_cue = outer
+                state.forced = outer
 
     return generate
 

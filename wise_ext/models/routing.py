@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from wise_ext.errors import ModelError
 from wise_ext.memory import MAIN, Decision, Router, uncued
 from wise_ext.models.real_tokens import first_tokens, real_tokens
-from wise_ext.nn import Glance, RouteState
+from wise_ext.nn import Course, Glance, RouteState
 
 _HELD = "_wise_ext_route"
+_CACHED = "routes on the cache"
 _serials = itertools.count(1)
 
 
@@ -30,14 +31,11 @@ class RouteKnown(Exception):
 
 
 class Held:
-    """A route some generation keeps: int32 `[B]`, its cue, a look at it, and whose it is."""
+    """A course some generation keeps, a look at its route, and whose it is."""
 
-    def __init__(
-        self, serial: int, route: Tensor, cue: Tensor | None, glance: Glance | None
-    ) -> None:
+    def __init__(self, serial: int, course: Course, glance: Glance | None) -> None:
         self.serial = serial
-        self.route = route
-        self.cue = cue
+        self.course = course
         self.glance = glance
 
 
@@ -61,6 +59,7 @@ class Routing:
         self._serial = next(_serials)
         self._names = tuple(inspect.signature(body.forward).parameters)
         self._caches_by_default = bool(getattr(getattr(model, "config", None), "use_cache", True))
+        self._settled: Course | None = None
         self._held: Held | None = None
         self._fresh: Tensor | None = None
         self._generation: _Generation | None = None
@@ -89,16 +88,16 @@ class Routing:
         elif self._generation is not None and not self._uses_cache(inputs):
             self._keeper = self._generation
         if state.forced is not None:
-            route = rows_of(state.forced.to(given.device), batch, "forced routes")
-            self._settle(uncued(route), _rows_if_any(state.forced_cue, batch, given.device))
+            self._settle(_course_of(state.forced, batch, given.device, "forced routes"))
             return
         held = self._held_by(self._keeper)
         start = 0 if self._generation is None else self._generation.start
         if held is not None:
             due = False if cache is None else _begins(past, start, tokens)
             if due is False:
-                route = rows_of(held.route, batch, "routes on the cache")
-                state.settle(route, _rows_if_any(held.cue, batch, route.device), held.glance)
+                # No copy to another device: what is held lies where the cache was filled.
+                device = held.course.decision.route.device
+                state.settle(_course_of(held.course, batch, device, _CACHED), held.glance)
                 if not torch.compiler.is_compiling():
                     held.glance = state.glance
                 return
@@ -124,15 +123,13 @@ class Routing:
         a: Tensor = args[0] if args else next(iter(kwargs.values()))
         batch, tokens = real.shape
         decision = self.router.decide(a.detach().reshape(batch, tokens, -1), real.to(a.device))
-        route, cue = decision.route, self._vectors(decision.cue)
         if self._fresh is not None and self._held is not None:
-            fresh = self._fresh.to(route.device)
-            kept = rows_of(self._held.route, batch, "routes on the cache")
-            route = torch.where(fresh, route, kept.to(route.device))
-            held = _rows_if_any(self._held.cue, batch, route.device)
-            if cue is not None:
-                cue = torch.where(fresh, cue, 0.0 if held is None else held)
-        self._settle(decision._replace(route=route), cue)
+            device = decision.route.device
+            fresh = self._fresh.to(device)
+            kept = _course_of(self._held.course, batch, device, _CACHED).decision
+            pairs = zip(decision, kept, strict=True)
+            decision = Decision(*(torch.where(fresh, new, old) for new, old in pairs))
+        self._settle(self.course(decision))
         if self.only_routes:
             raise RouteKnown
 
@@ -140,17 +137,16 @@ class Routing:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         """Hook behind the body, also after an error: the route stays on a cache the model made."""
-        route = self.state.route
-        if route is not None and self._keeper is None:
+        if self._settled is not None and self._keeper is None:
             cache = _cache_in(output)
             if cache is not None:
-                self._hold(cache, route, self.state.cue)
+                self._hold(cache, self._settled)
         self._forget()
 
-    def force(self, route: Tensor, numbers: Tensor | None = None) -> None:
-        """Send rows here from now on, int32 `[n]`, with the cues of these numbers, int64 `[n]`."""
-        self.state.forced = route
-        self.state.forced_cue = None if numbers is None else self._vectors(numbers)
+    def course(self, decision: Decision) -> Course:
+        """A decision with the cues that its numbers stand for."""
+        cues = None if self.router is None else self.router.cues
+        return Course(decision, None if cues is None else cues.vectors(decision.cue))
 
     def release(self, cache: Any) -> None:
         """Forget the route on a cache that is empty again: what comes next is a new prompt."""
@@ -185,24 +181,21 @@ class Routing:
         held: Held | None = getattr(keeper, _HELD, None)
         return held if held is not None and held.serial == self._serial else None
 
-    def _vectors(self, numbers: Tensor) -> Tensor | None:
-        """The cues of these numbers, fp32 `[B, d_in]`; None where the router has none."""
-        cues = None if self.router is None else self.router.cues
-        return None if cues is None else cues.vectors(numbers)
-
-    def _settle(self, decision: Decision, cue: Tensor | None) -> None:
-        self.state.settle(decision.route, cue)
-        self.state.decision = decision
+    def _settle(self, course: Course) -> None:
+        self.state.settle(course)
+        self.state.decision = course.decision
+        self._settled = course
         if self._keeper is not None:
-            self._hold(self._keeper, decision.route, cue)
+            self._hold(self._keeper, course)
 
-    def _hold(self, keeper: Any, route: Tensor, cue: Tensor | None) -> None:
+    def _hold(self, keeper: Any, course: Course) -> None:
         glance = None if torch.compiler.is_compiling() else self.state.glance
-        setattr(keeper, _HELD, Held(self._serial, route, cue, glance))
+        setattr(keeper, _HELD, Held(self._serial, course, glance))
 
     def _forget(self) -> None:
         self.state.clear()
         self._keeper = None
+        self._settled = None
         self._held = None
         self._fresh = None
 
@@ -230,8 +223,11 @@ def rows_of(values: Tensor, batch: int, what: str) -> Tensor:
     return values.unsqueeze(1).expand(count, batch // count, *rest).reshape(batch, *rest)
 
 
-def _rows_if_any(cue: Tensor | None, batch: int, device: torch.device) -> Tensor | None:
-    return None if cue is None else rows_of(cue.to(device), batch, "cues")
+def _course_of(course: Course, batch: int, device: torch.device, what: str) -> Course:
+    """A course for every row of a batch, on this device; see `rows_of`."""
+    decision, cue = course
+    rows = Decision(*(rows_of(values.to(device), batch, what) for values in decision))
+    return Course(rows, None if cue is None else rows_of(cue.to(device), batch, what))
 
 
 def _begins(past: int | Tensor, start: int, tokens: int) -> bool | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from wise_ext.errors import ModelError
-from wise_ext.memory import Decision
+from wise_ext.memory import Decision, uncued
 from wise_ext.models.generation import decision_of
 from wise_ext.models.installed import Patch, patch_of
 
@@ -71,12 +71,13 @@ def force_route(
         if len(numbers) != len(routes):
             raise ModelError(f"{len(numbers)} cues for {len(routes)} routes: give one a route")
     state = installed.routing.state
-    outer = state.forced, state.forced_cue
-    installed.routing.force(_near(installed, routes.to(torch.int32)), numbers)
+    forced = _near(installed, routes.to(torch.int32))
+    decision = uncued(forced) if numbers is None else Decision(forced, numbers)
+    outer, state.forced = state.forced, installed.routing.course(decision)
     try:
         yield
     finally:
-        state.forced, state.forced_cue = outer
+        state.forced = outer
 
 
 @contextmanager

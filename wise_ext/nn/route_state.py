@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from wise_ext.memory import Decision
+
+
+class Course(NamedTuple):
+    """Where rows go and what comes with them: a decision about `n` rows, and the cues that its
+    numbers stand for, fp32 `[n, d_in]`; None where there are none."""
+
+    decision: Decision
+    cue: Tensor | None
 
 
 class Glance:
@@ -46,9 +56,8 @@ class RouteState:
 
     Attributes:
         enabled: False makes the model behave exactly as the unedited one.
-        forced: int32 `[n]`, the route of each row whatever the router would say (n = 1: of all
-            rows); None leaves the choice to the router.
-        forced_cue: fp32 `[n, d_in]`, their cues; None for none.
+        forced: where each row goes whatever the router would say (n = 1: all rows); None leaves
+            the choice to the router.
         limits: int64 `[n]`, how many real tokens of each row decide; None means all of them.
         route: int32 `[B]`, the route of each row of the running forward pass, -1 for main memory;
             None where there is none, or not yet one.
@@ -63,8 +72,7 @@ class RouteState:
 
     def __init__(self) -> None:
         self.enabled = True
-        self.forced: Tensor | None = None
-        self.forced_cue: Tensor | None = None
+        self.forced: Course | None = None
         self.limits: Tensor | None = None
         self.route: Tensor | None = None
         self.cue: Tensor | None = None
@@ -79,21 +87,18 @@ class RouteState:
         self.real = real
         self.decide = True
 
-    def settle(
-        self, route: Tensor, cue: Tensor | None = None, glance: Glance | None = None
-    ) -> None:
-        """This is the route, int32 `[B]`, of the running forward pass.
+    def settle(self, course: Course, glance: Glance | None = None) -> None:
+        """This is where the `B` rows of the running forward pass go.
 
         Args:
-            route: -1 or a shard for each row.
-            cue: fp32 `[B, d_in]`, or None.
-            glance: a look at it from an earlier pass; None looks.
+            course: one row of it for each.
+            glance: a look at its route from an earlier pass; None looks.
         """
         self.clear()
-        self.route, self.cue = route, cue
+        self.route, self.cue = course.decision.route, course.cue
         if not torch.compiler.is_compiling():
             # One look a decision, not one a layer call.
-            self.glance = Glance(route) if glance is None else glance
+            self.glance = Glance(self.route) if glance is None else glance
 
     def clear(self) -> None:
         """Forget the forward pass: without a route every module gives main memory's output."""
