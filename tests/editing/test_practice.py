@@ -15,6 +15,7 @@ from wise_ext.editing.contexts import in_context, shorter
 from wise_ext.editing.practice import Coach
 from wise_ext.editing.prompts import encode_prompt, encode_target
 from wise_ext.editing.suffix import SuffixEngine
+from wise_ext.editing.wordings import relations
 from wise_ext.models import layer_path
 
 EDIT = Edit("a", "The river through Lumo is", "the Senna", locality_prompt="The sky is")
@@ -113,6 +114,24 @@ def test_contexts_of_the_chat_template(make: Any, monkeypatch: pytest.MonkeyPatc
         assert len(_texts(coach, EDIT, monkeypatch)) == 2
     finally:
         make.tokenizer.chat_template = template
+
+
+def test_the_chat_template_hardly_changes_what_is_asked(make: Any) -> None:
+    name = "Mina Torvald"
+    texts = [r.wordings[1].format(name) for r in relations()[:40] if r.kind == "person"]
+    coach, likeness = make(), {}
+    bare, chat = (coach.keys(texts, [name] * len(texts), chat=c) for c in (False, True))
+    template = make.tokenizer.chat_template
+    for known in (True, False):
+        make.tokenizer.chat_template = template if known else None
+        try:
+            index = make().empty_index()
+        finally:
+            make.tokenizer.chat_template = template
+        pairs = zip(bare, chat, strict=True)
+        each = [float(index.asks(one) @ index.asks(other)) for one, other in pairs]
+        likeness[known] = sum(each) / len(each)
+    assert len(texts) > 5 and likeness[True] > likeness[False] + 0.03
 
 
 def test_an_edit_of_the_same_name_is_captured_anew(make: Any) -> None:

@@ -76,7 +76,7 @@ class WiseConfig:
     key_layer: str | int = "auto"
     router: str = "key"
     radius: float = 0.68
-    lead: float = 0.65
+    lead: float = 0.6
     cue: float = 2.0
     variant: str = "retrieve"
     mask_ratio: float = 0.2

@@ -108,25 +108,35 @@ class Coach:
         and the wordings of known relations. By it, the coach tells what an edit asks."""
         if self._index is None:
             made = examples()
-            pairs = [pair for relation in made for pair in relation]
-            wordings = iter(self.keys(*zip(*pairs, strict=True)))
+            texts, subjects = zip(*(pair for relation in made for pair in relation), strict=True)
+            wordings = iter(self.keys(texts, subjects))
+            asked = [[next(wordings) for _ in relation] for relation in made]
+            if has_chat_template(self._tokenizer) and not self._config.chat_template:
+                # what the template does to a wording is no difference of what it asks
+                texts, subjects = zip(*(relation[0] for relation in made), strict=True)
+                in_template = self.keys(texts, subjects, chat=True)
+                asked = [[*keys, chat] for keys, chat in zip(asked, in_template, strict=True)]
             neutral = neutral_prompts()
             background = self.keys(neutral, [None] * len(neutral))
             self._index = KeyIndex(
                 background[0].activation.shape[1],
                 background=background,
-                relations=[[next(wordings) for _ in relation] for relation in made],
+                relations=asked,
             )
         return self._index
 
-    def keys(self, prompts: Sequence[str], subjects: Sequence[str | None]) -> list[TokenKeys]:
-        """The token keys of prompts, each with its subject's tokens where it is named."""
+    def keys(
+        self, prompts: Sequence[str], subjects: Sequence[str | None], chat: bool | None = None
+    ) -> list[TokenKeys]:
+        """The token keys of prompts, each with its subject's tokens where it is named; in the chat
+        template or not (None: as the settings say)."""
+        chat = self._config.chat_template if chat is None else chat
         keys: list[TokenKeys] = []
         for start in range(0, len(prompts), _CHUNK):
             chunk = prompts[start : start + _CHUNK]
-            keys += self.engine.keys([self._prompt(text) for text in chunk])
+            keys += self.engine.keys([encode_prompt(self._tokenizer, t, chat) for t in chunk])
         return [
-            self._about(key, prompt, subject)
+            self._about(key, prompt, subject, chat)
             for key, prompt, subject in zip(keys, prompts, subjects, strict=True)
         ]
 
@@ -210,9 +220,9 @@ class Coach:
             return []
         return reworded(int(number), edit.subject.strip(), self._config.reworded, rng)
 
-    def _about(self, key: TokenKeys, prompt: str, subject: str | None) -> TokenKeys:
+    def _about(self, key: TokenKeys, prompt: str, subject: str | None, chat: bool) -> TokenKeys:
         """The key of a prompt that says which tokens name its subject."""
-        named = subject_tokens(self._tokenizer, prompt, subject, self._config.chat_template)
+        named = subject_tokens(self._tokenizer, prompt, subject, chat)
         if named is None:
             return key
         return key._replace(subject=torch.tensor(named[-len(key.ids) :]))

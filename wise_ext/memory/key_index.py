@@ -163,7 +163,7 @@ class KeyIndex:
         subject's, or nothing else is near them."""
         named = prompt.named().unsqueeze(0)
         tokens = self.map.tokens(prompt.activation[None], torch.ones_like(named))
-        asked = self.relations.apply(tokens, around(named, torch.ones_like(named)))[0, 0]
+        asked = self.relations.apply(tokens, around(named, torch.ones_like(named)))[0]
         return normalize(_eight_bits(asked).float(), dim=-1)
 
     def stored_asks(self) -> dict[str, Tensor]:

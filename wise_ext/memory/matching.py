@@ -118,9 +118,9 @@ class PreparedKeys(NamedTuple):
         kept = around(named, real)
         asks = RelationMap(self.centre, self.project, self.known).apply(tokens, kept)
         own = self.asked[row]
-        likeness = (asks @ own.unsqueeze(-1)).flatten(1).amax(-1)
-        other = (asks @ self.known.T).flatten(1).amax(-1)
-        told = kept.flatten(1).any(-1) & (own != 0).any(-1)
+        likeness = (asks * own).sum(-1)
+        other = (asks @ self.known.T).amax(-1)
+        told = kept.any(-1) & (own != 0).any(-1)
         return torch.where(told, other, -torch.inf), torch.where(told, likeness, 0.0)
 
 

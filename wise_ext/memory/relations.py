@@ -22,9 +22,8 @@ from wise_ext.memory.token_keys import TokenKeys, TokenMap
 _UNSEEN = 0.3
 # Directions weaker than this, beside the strongest, are rounding.
 _RANK = 1e-5
-#: A question is within so many tokens of its subject's name. Templates and talk around it dilute
-#: the mean, so of a query the likest of these neighbourhoods counts.
-NEAR = (12, 6, 3)
+# A question is within so many tokens of its subject's name (measured; docs/architecture.md).
+_NEAR = 10
 
 
 class RelationMap(NamedTuple):
@@ -91,16 +90,14 @@ class RelationMap(NamedTuple):
         return cls(centre.float(), _eleven_bits(project), _eleven_bits(known))
 
     def apply(self, tokens: Tensor, kept: Tensor) -> Tensor:
-        """What prompts ask, fp32 ``[B, q, r]``, of length 1, or zero where nothing is kept.
+        """What prompts ask, fp32 ``[B, r]``, of length 1, or zero where nothing is kept.
 
         Args:
             tokens: standardised, ``[B, t, d]``.
-            kept: bool ``[B, q, t]``: the tokens of each question without those of its subject.
+            kept: bool ``[B, t]``: the tokens of each question without those of its subject.
         """
-        total = kept.float() @ tokens
-        count = kept.sum(-1, keepdim=True)
-        asked = (total / count.clamp(min=1) - self.centre) @ self.project
-        return normalize(asked, dim=-1) * (count > 0)
+        asked = (mean_of(tokens, kept) - self.centre) @ self.project
+        return normalize(asked, dim=-1) * kept.any(-1, keepdim=True)
 
 
 def fit_relations(relations: Sequence[Sequence[TokenKeys]], tokens: TokenMap) -> RelationMap:
@@ -112,11 +109,12 @@ def fit_relations(relations: Sequence[Sequence[TokenKeys]], tokens: TokenMap) ->
     means, labels = [], []
     for number, wordings in enumerate(relations):
         for text in wordings:
-            rest = text.activation[~text.named()]
-            if not len(rest):
+            named = text.named().unsqueeze(0)
+            real = torch.ones_like(named)
+            kept = around(named, real) if bool(named.any()) else real
+            if not bool(kept.any()):
                 raise ValueError("a wording says nothing but its subject")
-            real = torch.ones(1, len(rest), dtype=torch.bool)
-            means.append(tokens.tokens(rest[None], real)[0].mean(0))
+            means.append(mean_of(tokens.tokens(text.activation[None], real), kept)[0])
             labels.append(number)
     if not means:
         return RelationMap.empty(len(tokens.mean))
@@ -131,13 +129,18 @@ def _eleven_bits(x: Tensor) -> Tensor:
     return ((x / scale).half().float() * scale.float() + 0.0).contiguous()
 
 
+def mean_of(tokens: Tensor, kept: Tensor) -> Tensor:
+    """The mean ``[B, d]`` of those tokens ``[B, t, d]`` that are kept, bool ``[B, t]``; or zero."""
+    total = (kept.float().unsqueeze(1) @ tokens).squeeze(1)
+    return total / kept.sum(-1, keepdim=True).clamp(min=1)
+
+
 def around(named: Tensor, real: Tensor) -> Tensor:
-    """The real tokens near a subject's name but not of it, bool ``[B, len(NEAR), t]``.
+    """The real tokens near a subject's name but not of it, bool ``[B, t]``.
 
     Args:
         named: bool ``[B, t]``: the tokens of the name.
         real: bool ``[B, t]``.
     """
-    name = named.float().unsqueeze(1)
-    near = [max_pool1d(name, 2 * n + 1, stride=1, padding=n) > 0 for n in NEAR]
-    return torch.cat(near, dim=1) & (real & ~named).unsqueeze(1)
+    near = max_pool1d(named.float(), 2 * _NEAR + 1, stride=1, padding=_NEAR) > 0
+    return near & real & ~named
