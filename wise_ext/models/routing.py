@@ -59,7 +59,6 @@ class Routing:
         self._serial = next(_serials)
         self._names = tuple(inspect.signature(body.forward).parameters)
         self._caches_by_default = bool(getattr(getattr(model, "config", None), "use_cache", True))
-        self._settled: Course | None = None
         self._held: Held | None = None
         self._fresh: Tensor | None = None
         self._generation: _Generation | None = None
@@ -137,10 +136,11 @@ class Routing:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         """Hook behind the body, also after an error: the route stays on a cache the model made."""
-        if self._settled is not None and self._keeper is None:
+        course = self.state.course
+        if course is not None and self._keeper is None:
             cache = _cache_in(output)
             if cache is not None:
-                self._hold(cache, self._settled)
+                self._hold(cache, course)
         self._forget()
 
     def course(self, decision: Decision) -> Course:
@@ -184,7 +184,6 @@ class Routing:
     def _settle(self, course: Course) -> None:
         self.state.settle(course)
         self.state.decision = course.decision
-        self._settled = course
         if self._keeper is not None:
             self._hold(self._keeper, course)
 
@@ -195,7 +194,6 @@ class Routing:
     def _forget(self) -> None:
         self.state.clear()
         self._keeper = None
-        self._settled = None
         self._held = None
         self._fresh = None
 

@@ -43,8 +43,8 @@ class DualLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map fp32, bf16 or fp16 `[..., d_in]` to `[..., d_out]`; differentiable in x."""
         y: Tensor = self.base(x)
-        route = self.state.route
-        if route is None:
+        course = self.state.course
+        if course is None:
             if self.state.decide:
                 raise ModelError(
                     "the layer whose input decides the route did not run before the edited layer: "
@@ -58,12 +58,13 @@ class DualLinear(nn.Module):
             return y
         d_out, d_in = self.bank.shape
         inputs, outputs = x.reshape(-1, d_in), y.reshape(-1, d_out)
+        route, cue = course.decision.route, course.cue
         batch = route.shape[0]
         tokens = inputs.shape[0] // batch
         # Models spread over devices hand over activations from elsewhere; the base's output counts.
         inputs, route = inputs.to(outputs.device), route.to(outputs.device)
-        if self.state.cue is not None:
-            cue = self.state.cue.to(inputs).unsqueeze(1)
+        if cue is not None:
+            cue = cue.to(inputs).unsqueeze(1)
             inputs = (inputs.view(batch, tokens, d_in) + cue).view(-1, d_in)
         per_token = route.unsqueeze(1).expand(batch, tokens).reshape(-1)
         self.bank.add_side_(outputs, inputs, per_token)

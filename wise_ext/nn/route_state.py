@@ -12,7 +12,8 @@ from wise_ext.memory import Decision
 
 class Course(NamedTuple):
     """Where rows go and what comes with them: a decision about `n` rows, and the cues that its
-    numbers stand for, fp32 `[n, d_in]`; None where there are none."""
+    numbers stand for, fp32 `[n, d_in]`, which enter a shard with every token of a routed row
+    besides the token's activation; None where there are none."""
 
     decision: Decision
     cue: Tensor | None
@@ -59,10 +60,8 @@ class RouteState:
         forced: where each row goes whatever the router would say (n = 1: all rows); None leaves
             the choice to the router.
         limits: int64 `[n]`, how many real tokens of each row decide; None means all of them.
-        route: int32 `[B]`, the route of each row of the running forward pass, -1 for main memory;
-            None where there is none, or not yet one.
-        cue: fp32 `[B, d_in]`, what enters its shard with every token of a routed row, besides the
-            token's activation; None for nothing.
+        course: where each of the `B` rows of the running forward pass goes; None where there is
+            none, or not yet one.
         real: bool `[B, T]`, the tokens that decide, while a decision is due.
         decide: whether the running forward pass has to decide.
         glance: a look at the route. Outside compiled code it lets a forward pass in which no row
@@ -74,8 +73,7 @@ class RouteState:
         self.enabled = True
         self.forced: Course | None = None
         self.limits: Tensor | None = None
-        self.route: Tensor | None = None
-        self.cue: Tensor | None = None
+        self.course: Course | None = None
         self.real: Tensor | None = None
         self.decide = False
         self.glance: Glance | None = None
@@ -95,14 +93,13 @@ class RouteState:
             glance: a look at its route from an earlier pass; None looks.
         """
         self.clear()
-        self.route, self.cue = course.decision.route, course.cue
+        self.course = course
         if not torch.compiler.is_compiling():
             # One look a decision, not one a layer call.
-            self.glance = Glance(self.route) if glance is None else glance
+            self.glance = Glance(course.decision.route) if glance is None else glance
 
     def clear(self) -> None:
-        """Forget the forward pass: without a route every module gives main memory's output."""
-        self.route = None
-        self.cue = None
+        """Forget the forward pass: without a course every module gives main memory's output."""
+        self.course = None
         self.real = None
         self.decide = False
