@@ -22,6 +22,8 @@ std::string name_of(ScalarType type) {
       return "torch.float16";
     case ScalarType::BFloat16:
       return "torch.bfloat16";
+    case ScalarType::Char:
+      return "torch.int8";
     case ScalarType::Int:
       return "torch.int32";
     case ScalarType::Long:

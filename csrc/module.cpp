@@ -51,6 +51,7 @@ py::dict cpu_features() {
   features["avx512bw"] = __builtin_cpu_supports("avx512bw") != 0;
   features["avx512vl"] = __builtin_cpu_supports("avx512vl") != 0;
   features["avx512dq"] = __builtin_cpu_supports("avx512dq") != 0;
+  features["avx512_vnni"] = __builtin_cpu_supports("avx512vnni") != 0;
   features["avx512_vbmi2"] = __builtin_cpu_supports("avx512vbmi2") != 0;
 #elif defined(__aarch64__)
   features["neon"] = true;

@@ -15,7 +15,10 @@ Isa best_isa() {
                     __builtin_cpu_supports("f16c") && __builtin_cpu_supports("popcnt");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (avx2 && avx512 && __builtin_cpu_supports("avx512vbmi2")) return Isa::kAvx512Vbmi2;
+  if (avx2 && avx512 && __builtin_cpu_supports("avx512vbmi2") &&
+      __builtin_cpu_supports("avx512vnni")) {
+    return Isa::kAvx512Vbmi2;
+  }
   if (avx2 && avx512) return Isa::kAvx512;
   if (avx2) return Isa::kAvx2;
 #endif

@@ -35,6 +35,19 @@ struct Update {
   double clamp;
 };
 
+// Stored entries of late interaction: an entry's token j is row places[entry * most + j] of keys
+// (-1: there is none) times its scale, of length at most 1, and counts weights[...] >= 0.
+struct MaxSim {
+  const int8_t* keys;
+  const float* scales;
+  int64_t width;
+  const int32_t* places;
+  const float* weights;
+  int64_t entries;
+  int64_t most;
+  float floor;
+};
+
 // The functions below return false when row_ptr does not agree with the mask or the values.
 
 // y[n] += D_route[n] x[n]; route is within [-1, shards).
@@ -50,6 +63,10 @@ struct Update {
 // norms[n * shards + s] = ||S_s x[n]||_2; sketch is [shards, rank, x.columns].
 void sketch_norm(const Matrix& x, const void* sketch, Dtype dtype, int64_t shards, int64_t rank,
                  float* norms, ParallelFor parallel);
+// scores[b * entries + e] = sum_j weight_ej max(0, max_t query[b, t] . key_ej), or 0 where that is
+// not above the floor; query is [batch, tokens, width], of rows no longer than 1.
+void max_sim(const MaxSim& stored, const float* query, int64_t batch, int64_t tokens, float* scores,
+             ParallelFor parallel);
 [[nodiscard]] bool masked_update(const Update& update, ParallelFor parallel);
 [[nodiscard]] bool unpack(const Packed& shard, void* delta, ParallelFor parallel);
 

@@ -1,4 +1,5 @@
-// The CPU kernels for AVX-512 with VBMI2, which spreads 16-bit values.
+// The CPU kernels for AVX-512 with VBMI2, which spreads 16-bit values, and VNNI, which multiplies
+// bytes; processors have both or neither.
 #if defined(__x86_64__)
 #define WISE_ISA avx512vbmi2
 

@@ -4,6 +4,7 @@
 #include "kernels/cpu/dense_product.h"
 #include "kernels/cpu/elementwise.h"
 #include "kernels/cpu/masked_update.h"
+#include "kernels/cpu/max_sim.h"
 #include "kernels/cpu/side_product.h"
 #include "kernels/cpu/ties_merge.h"
 
@@ -24,6 +25,8 @@ namespace wise::WISE_ISA {
    WISE_EACH_DTYPE(store_sum),   \
    masked_update,                \
    mask_gradient,                \
+   kSimBytes,                    \
+   max_sim,                      \
    count_high,                   \
    count_low,                    \
    pick,                         \

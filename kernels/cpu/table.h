@@ -23,6 +23,17 @@ inline constexpr int64_t kScratch = kTileRows * kTileColumns + kMaxResults * 16;
 inline constexpr int64_t kHighBins = int64_t{1} << 15;
 inline constexpr int64_t kLowBins = int64_t{1} << 16;
 
+// A row of the batch as `max_sim` takes it: tokens in a panel [width, lanes] (zeros behind the
+// last; null where one is not finite), and, or null, as bytes + 128 in [width / 4, lanes, 4], which
+// are off by no more than `errors` in length when multiplied by `steps`.
+struct SimQuery {
+  const float* panel;
+  const uint8_t* bytes;
+  const float* steps;
+  const float* errors;
+  int64_t lanes;
+};
+
 struct Table {
   // The most rows of x `side_dot` and `dense_dot` are for.
   int64_t few;
@@ -55,6 +66,11 @@ struct Table {
   bool (*masked_update)(const Update& update, int64_t begin, int64_t end);
   void (*mask_gradient)(float* grad, const uint32_t* mask, int64_t columns, int64_t words,
                         int64_t begin, int64_t end);
+  // Whether `max_sim` gains from bytes, and the scores of entries begin..end; `scratch` holds one
+  // key.
+  bool sim_bytes;
+  void (*max_sim)(const MaxSim& stored, const SimQuery* queries, int64_t batch, int64_t begin,
+                  int64_t end, float* scratch, float* scores);
   // Counts the non-zero magnitudes by their top 15 bits, or those with the top 15 bits `prefix` by
   // their low 16.
   void (*count_high)(const float* values, int64_t count, uint32_t* bins);

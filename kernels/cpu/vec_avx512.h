@@ -1,4 +1,5 @@
-// Sixteen floats in one AVX-512 register (F, BW, VL, DQ; VBMI2 where the compiler is told of it).
+// Sixteen floats in one AVX-512 register (F, BW, VL, DQ; VBMI2 and VNNI where the compiler is told
+// of it).
 #pragma once
 
 // GCC would keep the pointers of rows walked together in a vector register, at a high price.

@@ -200,7 +200,7 @@ def test_adding_and_removing_is_never_having_been_there() -> None:
     before, state = index.nearest(made.QUERIES), index.state_tensors()
     assert index.prepare() is index.prepare()
     index.add(made.PROMPTS[3:], [3, 3, 3], ["late", "other", "late"])
-    assert len(index.prepare().keys) == 6
+    assert len(index.prepare().places) == 6
     assert not torch.equal(index.nearest(made.QUERIES)[0], before[0])
     assert index.remove("late") == 2
     assert index.remove("late") == 0

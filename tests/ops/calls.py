@@ -18,6 +18,11 @@ def arguments(op: str, make_bank: Callable[..., Any], dtype: torch.dtype) -> lis
     delta, mask_bits, row_ptr = bank.dense[0].float(), bank.mask_bits[0], bank.row_ptr[:8]
     m = torch.zeros(int(row_ptr[-1]))
     wide, norms = y.float(), y.float().norm(dim=1)
+    query = torch.nn.functional.normalize(torch.randn(2, 5, 64), dim=-1)
+    keys = torch.randint(-127, 128, (9, 64), dtype=torch.int8)
+    scales = 1 / keys.float().norm(dim=1)
+    places = torch.tensor([[0, 1, -1], [2, 3, 4], [5, -1, -1], [8, 7, 6]], dtype=torch.int32)
+    weights = torch.rand(4, 3)
     calls: dict[str, list[tuple[Any, ...]]] = {
         "add_side_": [(y, x, *bank.tensors, route)],
         "add_side_backward": [(y.float(), *bank.tensors, route, 45)],
@@ -27,6 +32,7 @@ def arguments(op: str, make_bank: Callable[..., Any], dtype: torch.dtype) -> lis
         ],
         "side_norm": [(x, *bank.tensors, pair, pair)],
         "sketch_norm": [(x, torch.stack([weight, weight + 1]))],
+        "max_sim": [(query, keys, scales, places, weights, 0.1)],
         "dual_linear_train": [(x, y, delta, mask_bits)],
         "dual_linear_train_backward": [
             (y, norms, x, delta, mask_bits, wide, norms, True, True),

@@ -218,6 +218,37 @@ def test_sketch_norm(provider, changes, message):
     refused(ops.sketch_norm, arguments, changes, message)
 
 
+MAX_SIM = [
+    ({"query": torch.Tensor.half}, "max_sim: query must be float32, got torch.float16"),
+    ({"keys": torch.Tensor.float}, "max_sim: keys must be int8, got torch.float32"),
+    ({"scales": torch.Tensor.half}, "max_sim: scales must be float32, got torch.float16"),
+    ({"places": torch.Tensor.long}, "max_sim: places must be int32, got torch.int64"),
+    ({"weights": torch.Tensor.half}, "max_sim: weights must be float32, got torch.float16"),
+    ({"query": lambda t: t[0]}, "max_sim: query must have 3 dimensions, got 2"),
+    ({"keys": lambda t: t[0]}, "max_sim: keys must have 2 dimensions, got 1"),
+    ({"scales": lambda t: t[None]}, "max_sim: scales must have 1 dimension, got 2"),
+    ({"places": lambda t: t[0]}, "max_sim: places must have 2 dimensions, got 1"),
+    ({"query": lambda t: t[..., 1:]}, "max_sim: query has width 39, keys have 40"),
+    ({"scales": lambda t: t[1:]}, "max_sim: there are 6 keys, but 5 scales"),
+    ({"weights": lambda t: t[1:]}, r"max_sim: weights must have shape \[3, 2\], got \[2, 2\]"),
+    ({"places": lambda t: t + 1}, "max_sim: places must be between -1 and 5, got 6"),
+    ({"places": lambda t: t - 7}, "max_sim: places must be between -1 and 5, got -"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), MAX_SIM)
+def test_max_sim(provider, changes, message):
+    arguments = {
+        "query": torch.zeros(2, 3, 40),
+        "keys": torch.zeros(6, 40, dtype=torch.int8),
+        "scales": torch.ones(6),
+        "places": torch.arange(6, dtype=torch.int32).view(3, 2),
+        "weights": torch.ones(3, 2),
+        "floor": 0.5,
+    }
+    refused(ops.max_sim, arguments, changes, message)
+
+
 TRAIN = [
     ({"x": torch.Tensor.int}, "dual_linear_train: x must be float32, bfloat16 or float16"),
     ({"base": torch.Tensor.int}, "dual_linear_train: base must be float32, bfloat16 or float16"),

@@ -27,6 +27,8 @@ from wise_ext.memory.relations import RelationMap, around, fit_relations
 from wise_ext.memory.token_keys import TokenKeys, TokenMap, random_signs, standardise
 from wise_ext.memory.weighing import rarity, weigh
 
+# Stored keys that are compared with new ones at a time.
+_CHUNK = 65536
 # Tokens of an edit that are kept: its subject's, then the rarest.
 _STORED = 16
 
@@ -227,12 +229,21 @@ class KeyIndex:
             rare[there] = rarity(self.tokens, edit, self.common, self.texts)
             named = self.named[place] & there
             order, weights = weigh(rare, named, there)
-            place, named = place.gather(1, order), named.gather(1, order)
-            compared = there.gather(1, order).unsqueeze(-1)
-            keys = normalize(self.keys[place].float() * compared, dim=-1)
+            places = torch.where(there, place, -1).gather(1, order).to(torch.int32)
+            named = named.gather(1, order)
+            scales = _lengths(self.keys).clamp(min=1e-12).reciprocal()
             asked = normalize(self.asked.float(), dim=-1)
             self._prepared = PreparedKeys(
-                *self.map, *self.relations, keys, weights, named, asked, self.shards, self.cues
+                *self.map,
+                *self.relations,
+                self.keys,
+                scales,
+                places,
+                weights,
+                named,
+                asked,
+                self.shards,
+                self.cues,
             )
         return self._prepared
 
@@ -267,15 +278,17 @@ class KeyIndex:
         score above ``radius``, asked with the prompt or, as if it were stored, with theirs."""
         if not len(self) or not prompts:
             return [[] for _ in prompts]
-        asked = self.prepare().scores(*self._padded(prompts))
+        asked = self.prepare().scores(*self._padded(prompts), radius)
         both = copy(self)
         both.add(prompts, [0] * len(prompts), [""] * len(prompts))
         prepared = both.prepare()
-        keys, weights = prepared.keys[len(self) :], prepared.weights[len(self) :]
-        cosines = keys.flatten(0, 1) @ normalize(self.keys.float(), dim=-1).T
+        weights = prepared.weights[len(self) :]
+        keys = prepared.keys_of(torch.arange(len(self), len(both))).flatten(0, 1)
         edit = torch.arange(len(self)).repeat_interleave(self.lengths.long())
-        best = torch.zeros(len(cosines), len(self))
-        best = best.scatter_reduce(1, edit.expand_as(cosines), cosines, "amax")
+        best = torch.zeros(len(keys), len(self))
+        for some, theirs in zip(self.keys.split(_CHUNK), edit.split(_CHUNK), strict=True):
+            cosines = keys @ normalize(some.float(), dim=-1).T
+            best.scatter_reduce_(1, theirs.expand_as(cosines), cosines, "amax")
         asking = (weights.unsqueeze(-1) * best.view(*weights.shape, -1)).sum(1)
         near = torch.maximum(asked, asking) > radius
         names = ((self.ids[i] for i in row.nonzero().flatten().tolist()) for row in near)
@@ -378,6 +391,12 @@ def _eight_bits(rows: Tensor) -> Tensor:
         return rows.to(torch.int8)
     largest = rows.abs().amax(-1, keepdim=True).clamp(min=1e-12)
     return (rows / largest * 127).round().to(torch.int8)
+
+
+def _lengths(rows: Tensor) -> Tensor:
+    """The length of each of int8 ``[M, width]``, fp32 ``[M]``."""
+    parts = [torch.linalg.vector_norm(some.float(), dim=-1) for some in rows.split(_CHUNK)]
+    return torch.cat([torch.zeros(0), *parts])
 
 
 _BY_TOKEN = ("keys", "named", "tokens")

@@ -7,13 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from wise_ext import ops
 from wise_ext.memory.relations import RelationMap, around
 from wise_ext.memory.token_keys import TokenMap
 
 # Scores closer than fp32 can tell apart are ties, and the latest edit wins them.
 _TIE = 1e-5
-# Stored keys compared at a time, so that long prompts stay small.
-_CHUNK = 4096
 # A token of a query with this cosine to one of a subject's name is that name (measured: from .3 to
 # .7 it makes no difference).
 _SAME_WORD = 0.5
@@ -36,7 +35,9 @@ class PreparedKeys(NamedTuple):
     centre: Tensor  # [d]
     project: Tensor  # [d, r]
     known: Tensor  # [R, r]
-    keys: Tensor  # [n, m, width], of length 1, or zero where an edit has fewer tokens
+    keys: Tensor  # int8 [M, width]
+    scales: Tensor  # [M], which make keys of length 1 of them
+    places: Tensor  # int32 [n, m]: an edit's keys, the heaviest first; -1 where it has fewer
     weights: Tensor  # [n, m], each edit's sum to 1
     named: Tensor  # bool [n, m]: the tokens of the subject's name
     asked: Tensor  # [n, r], of length 1, or zero where it is not known what an edit asks
@@ -72,52 +73,59 @@ class PreparedKeys(NamedTuple):
         map_ = TokenMap(self.mean, self.scale, self.signs)
         tokens = map_.tokens(activation, real)
         query = map_.keys(tokens, real)
-        scores = self._scores(query)
-        found = torch.full_like(scores[:, 0], -1, dtype=torch.int64)
-        standing = torch.full_like(scores[:, 0], -torch.inf)
-        for _ in range(min(_CANDIDATES, self.keys.shape[0])):
+        # an edit at the radius may tie with one above it
+        scores = self._scores(query, radius - _TIE)
+        bests, rows = [], []
+        for _ in range(min(_CANDIDATES, self.places.shape[0])):
             best, row = _last_of_best(scores)
-            other, likeness = self._asked(tokens, query, real, row)
+            bests.append(best)
+            rows.append(row)
+            scores = scores.scatter(1, row.unsqueeze(1), -1.0)
+        others, likenesses = self._asked(tokens, query, real, torch.stack(rows, 1))
+        found = torch.full_like(rows[0], -1)
+        standing = torch.full_like(bests[0], -torch.inf)
+        told = zip(bests, rows, others.unbind(1), likenesses.unbind(1), strict=True)
+        for best, row, other, likeness in told:
             rank = best + _PREFERENCE * likeness
             fits = (best > radius) & (other - (1 + _LIKENESS) * likeness <= lead)
             fits &= rank > standing + _TIE
             found = torch.where(fits, row, found)
             standing = torch.where(fits, rank, standing)
-            scores = scores.scatter(1, row.unsqueeze(1), -1.0)
         return found
 
-    def scores(self, activation: Tensor, real: Tensor) -> Tensor:
-        """The score of every stored edit, fp32 ``[B, n]``; arguments as for ``match``."""
-        return self._scores(TokenMap(self.mean, self.scale, self.signs).apply(activation, real))
+    def scores(self, activation: Tensor, real: Tensor, floor: float = -1.0) -> Tensor:
+        """The score of every stored edit, fp32 ``[B, n]``, or 0 where it is not above ``floor``;
+        arguments as for ``match``."""
+        map_ = TokenMap(self.mean, self.scale, self.signs)
+        return self._scores(map_.apply(activation, real), floor)
 
-    def _scores(self, query: Tensor) -> Tensor:
+    def keys_of(self, rows: Tensor) -> Tensor:
+        """The keys of stored edits, int64 ``[...]``: fp32 ``[..., m, width]``, of length 1, or zero
+        where an edit has fewer."""
+        places = self.places[rows]
+        scales = torch.where(places >= 0, self.scales[places.clamp(min=0)], 0.0)
+        return self.keys[places.clamp(min=0)].float() * scales.unsqueeze(-1)
+
+    def _scores(self, query: Tensor, floor: float) -> Tensor:
         """The same, by the query's keys ``[B, w, width]``."""
-        # A zero key has cosine 0 with everything, which is where cosines are cut off.
-        batch, tokens, width = query.shape
-        query = query.reshape(batch * tokens, width)
-        n, m, _ = self.keys.shape
-        step = max(1, _CHUNK // m)
-        parts = []
-        for start in range(0, n, step):
-            keys = self.keys[start : start + step]
-            cosines = query @ keys.reshape(-1, width).T
-            best = cosines.view(batch, tokens, -1).amax(1).clamp(min=0)
-            best = best.view(batch, keys.shape[0], m)
-            parts.append((best * self.weights[start : start + step]).sum(-1))
-        return torch.cat(parts, dim=1)
+        return ops.max_sim(query, self.keys, self.scales, self.places, self.weights, floor)
 
     def _asked(
-        self, tokens: Tensor, query: Tensor, real: Tensor, row: Tensor
+        self, tokens: Tensor, query: Tensor, real: Tensor, rows: Tensor
     ) -> tuple[Tensor, Tensor]:
         """How like what is asked is to another known relation, at best, and to that of the stored
-        ``row``: cosines, fp32 ``[B]``; minus infinity and 0 where that cannot be told."""
+        ``rows`` [B, c]: cosines, fp32 ``[B, c]``; minus infinity and 0 where that cannot be told.
+        """
         if not self.known.shape[0]:
-            return torch.full_like(query[:, 0, 0], -torch.inf), torch.zeros_like(query[:, 0, 0])
-        cosines = query @ self.keys[row].transpose(1, 2)
-        named = (cosines * self.named[row].unsqueeze(1)).amax(-1) > _SAME_WORD
-        kept = around(named, real)
+            nothing = torch.zeros_like(rows, dtype=query.dtype)
+            return torch.full_like(nothing, -torch.inf), nothing
+        batch, count = rows.shape
+        cosines = query.unsqueeze(1) @ self.keys_of(rows).transpose(2, 3)
+        named = (cosines * self.named[rows].unsqueeze(2)).amax(-1) > _SAME_WORD
+        each = real.repeat_interleave(count, 0)
+        kept = around(named.flatten(0, 1), each).view(batch, count, -1)
         asks = RelationMap(self.centre, self.project, self.known).apply(tokens, kept)
-        own = self.asked[row]
+        own = self.asked[rows]
         likeness = (asks * own).sum(-1)
         other = (asks @ self.known.T).amax(-1)
         told = kept.any(-1) & (own != 0).any(-1)

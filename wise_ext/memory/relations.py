@@ -94,7 +94,8 @@ class RelationMap(NamedTuple):
 
         Args:
             tokens: standardised, ``[B, t, d]``.
-            kept: bool ``[B, t]``: the tokens of each question without those of its subject.
+            kept: bool ``[B, t]``: the tokens of each question without those of its subject; or
+                ``[B, c, t]``, ``c`` such choices a question, for ``[B, c, r]``.
         """
         asked = (mean_of(tokens, kept) - self.centre) @ self.project
         return normalize(asked, dim=-1) * kept.any(-1, keepdim=True)
@@ -130,8 +131,10 @@ def _eleven_bits(x: Tensor) -> Tensor:
 
 
 def mean_of(tokens: Tensor, kept: Tensor) -> Tensor:
-    """The mean ``[B, d]`` of those tokens ``[B, t, d]`` that are kept, bool ``[B, t]``; or zero."""
-    total = (kept.float().unsqueeze(1) @ tokens).squeeze(1)
+    """The mean ``[B, d]`` of those tokens ``[B, t, d]`` that are kept, bool ``[B, t]``, or zero; or
+    means ``[B, c, d]`` of ``c`` choices, bool ``[B, c, t]``."""
+    chosen = kept.float() if kept.dim() == 3 else kept.float().unsqueeze(1)
+    total = (chosen @ tokens).view(*kept.shape[:-1], -1)
     return total / kept.sum(-1, keepdim=True).clamp(min=1)
 
 

@@ -129,6 +129,7 @@ class KeyRouter(nn.Module):
 
     shards: Tensor
     keys: Tensor
+    places: Tensor
     numbers: Tensor
 
     def __init__(
@@ -158,7 +159,7 @@ class KeyRouter(nn.Module):
 
     def decide(self, a: Tensor, real: Tensor) -> Decision:
         """See ``Router.decide``."""
-        if self.keys.shape[0] == 0:
+        if self.places.shape[0] == 0:
             return _all_main(a)
         if self.keys.device != a.device:
             self.to(a.device)

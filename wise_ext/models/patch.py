@@ -28,7 +28,7 @@ __all__ = [
     "unload",
 ]
 
-_INFERENCE_OPS = ("add_side_", "side_norm")
+_INFERENCE_OPS = ("add_side_", "side_norm", "max_sim")
 _BANK_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -43,6 +43,7 @@ __all__ = [
     "dual_linear_train",
     "get_backend",
     "masked_update_",
+    "max_sim",
     "native_failure",
     "native_loaded",
     "pack",
@@ -118,6 +119,23 @@ def sketch_norm(x: Tensor, sketch: Tensor) -> Tensor:
     gradient.
     """
     result: Tensor = resolve("sketch_norm", x, x.shape[0])(x.detach(), sketch.detach())
+    return result
+
+
+def max_sim(
+    query: Tensor, keys: Tensor, scales: Tensor, places: Tensor, weights: Tensor, floor: float
+) -> Tensor:
+    """Late interaction: `sum_j weights[e, j] max(0, max_t <query[b, t], key[e, j]>)`, fp32 [B, n].
+
+    The score of every stored entry e for every row b of the batch (ColBERT's MaxSim, Khattab and
+    Zaharia 2020, with weights). query fp32 [B, t, width], tokens no longer than 1: a zero one
+    matches nothing, and one that is not finite makes all scores of its row NaN. keys int8
+    [M, width] times scales fp32 [M], no longer than 1; places int32 [n, m], the rows of keys that
+    an entry consists of, -1 for none; weights fp32 [n, m] >= 0. A score that is not above `floor`
+    comes back as 0 and is not worked out: the heavier an entry's first tokens, the sooner it is
+    left out. No gradient.
+    """
+    result: Tensor = resolve("max_sim", query)(query.detach(), keys, scales, places, weights, floor)
     return result
 
 

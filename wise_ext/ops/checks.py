@@ -232,6 +232,32 @@ def sketch(op: str, x: Tensor, sketches: Tensor) -> None:
     )
 
 
+def entries(
+    op: str, query: Tensor, keys: Tensor, scales: Tensor, places: Tensor, weights: Tensor
+) -> None:
+    """`max_sim`'s arguments: query [B, t, width], keys and their scales, places and weights."""
+    for name, tensor in {"query": query, "scales": scales, "weights": weights}.items():
+        require(tensor.dtype == torch.float32, f"{op}: {name} must be float32, got {tensor.dtype}")
+    integer(op, torch.int8, keys=keys)
+    integer(op, torch.int32, places=places)
+    dims(op, 3, query=query)
+    dims(op, 2, keys=keys, places=places)
+    dims(op, 1, scales=scales)
+    same_device(op, query=query, keys=keys, scales=scales, places=places, weights=weights)
+    require(
+        query.shape[2] == keys.shape[1],
+        f"{op}: query has width {query.shape[2]}, keys have {keys.shape[1]}",
+    )
+    require(
+        scales.shape[0] == keys.shape[0],
+        f"{op}: there are {keys.shape[0]} keys, but {scales.shape[0]} scales",
+    )
+    require(
+        weights.shape == places.shape,
+        f"{op}: weights must have shape {list(places.shape)}, got {list(weights.shape)}",
+    )
+
+
 def train(op: str, x: Tensor, delta: Tensor, mask_bits: Tensor) -> None:
     """x [N, d_in], delta fp32 [d_out, d_in] and its mask."""
     floating(op, x=x)

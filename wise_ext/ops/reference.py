@@ -12,6 +12,9 @@ from torch.nn import functional as F
 
 from wise_ext.ops import checks
 
+# Stored entries that `max_sim` compares at a time, so that long prompts stay small.
+_ENTRIES = 512
+
 
 def bits_to_bool(mask_bits: Tensor, d_in: int) -> Tensor:
     """int32 [..., W] mask words to bool [..., d_in]; bit j of word w is column 32*w + j."""
@@ -121,6 +124,31 @@ def sketch_norm(x: Tensor, sketch: Tensor) -> Tensor:
     projected = x.to(wide) @ sketch.to(wide).reshape(k * rank, d_in).T
     norms: Tensor = projected.view(x.shape[0], k, rank).norm(dim=-1)
     return norms
+
+
+def max_sim(
+    query: Tensor, keys: Tensor, scales: Tensor, places: Tensor, weights: Tensor, floor: float
+) -> Tensor:
+    """`wise_ext.ops.max_sim`: weighted sums of the best cosines, nothing left out early."""
+    op = "max_sim"
+    checks.entries(op, query, keys, scales, places, weights)
+    if places.device.type == "cpu":
+        checks.in_range(op, "places", places, -1, keys.shape[0] - 1)
+    batch, tokens = query.shape[:2]
+    count = places.shape[0]
+    if not (tokens and len(keys)):
+        return query.new_zeros(batch, count)
+    query = torch.where(query.isfinite(), query, torch.nan).flatten(0, 1)
+    parts = [query.new_zeros(batch, 0)]
+    for start in range(0, count, _ENTRIES):
+        chosen = places[start : start + _ENTRIES]
+        counts = torch.where(chosen >= 0, weights[start : start + _ENTRIES], 0.0)
+        rows = chosen.clamp(min=0).flatten().long()
+        cosines = query @ (keys[rows].float() * scales[rows].unsqueeze(1)).T
+        best = cosines.view(batch, tokens, len(rows)).amax(1).clamp(min=0)
+        parts.append((best.view(batch, *chosen.shape) * counts).sum(-1))
+    scores = torch.cat(parts, dim=1)
+    return torch.where(scores <= floor, 0.0, scores)
 
 
 def dual_linear_train(

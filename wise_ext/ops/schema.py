@@ -29,6 +29,10 @@ SCHEMAS: dict[str, str] = {
     "dual_linear": (f"(Tensor x, Tensor weight, Tensor? bias, {_BANK}, Tensor route) -> Tensor"),
     "side_norm": f"(Tensor x, {_BANK}, Tensor rows, Tensor shards) -> Tensor",
     "sketch_norm": "(Tensor x, Tensor sketch) -> Tensor",
+    "max_sim": (
+        "(Tensor query, Tensor keys, Tensor scales, Tensor places, Tensor weights, float floor)"
+        " -> Tensor"
+    ),
     "dual_linear_train": (
         "(Tensor x, Tensor base, Tensor delta, Tensor mask_bits)"
         " -> (Tensor y, Tensor side, Tensor indicator)"
@@ -86,6 +90,13 @@ def _side_norm(
 def _sketch_norm(x: Tensor, sketch: Tensor) -> Tensor:
     checks.sketch("sketch_norm", x, sketch)
     return x.new_empty(x.shape[0], sketch.shape[0], dtype=_wide(x, sketch))
+
+
+def _max_sim(
+    query: Tensor, keys: Tensor, scales: Tensor, places: Tensor, weights: Tensor, floor: float
+) -> Tensor:
+    checks.entries("max_sim", query, keys, scales, places, weights)
+    return query.new_empty(query.shape[0], places.shape[0])
 
 
 def _dual_linear_train(
@@ -165,6 +176,7 @@ FAKES: dict[str, Callable[..., Any]] = {
     "dual_linear": _dual_linear,
     "side_norm": _side_norm,
     "sketch_norm": _sketch_norm,
+    "max_sim": _max_sim,
     "dual_linear_train": _dual_linear_train,
     "dual_linear_train_backward": _dual_linear_train_backward,
     "masked_update_": _masked_update,
