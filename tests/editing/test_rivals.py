@@ -89,3 +89,12 @@ def test_the_whole_vocabulary_where_it_is_asked_for_or_cannot_be_cut() -> None:
         output, ok = rivals.look(_rows(2), replayed, torch.ones(2))
         assert output.logits.shape == (4, VOCABULARY) and output.labels.equal(replayed.labels)
         assert ok.tolist() == [True, False]
+
+
+def test_a_first_look_at_the_whole_vocabulary_is_the_only_one() -> None:
+    engine = _Engine()
+    rows, rivals = _rows(3), Rivals(engine)  # type: ignore[arg-type]
+    replayed = _replayed(engine, [True] * 3)
+    _, ok = rivals.look(rows, replayed, torch.ones(3))
+    assert ok.tolist() == [True] * 3
+    assert engine.computed < 2 * len(replayed.hidden) * VOCABULARY

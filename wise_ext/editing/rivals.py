@@ -47,9 +47,11 @@ class Rivals:
             return output, greedy_by(output, margins)
         with torch.no_grad():
             new = [i for i, row in enumerate(rows) if id(row) not in self._of]
-            self._full(rows, replayed, new, margins)
+            passed = self._full(rows, replayed, new, margins)
             ok = greedy_by(self._among(rows, replayed), margins)
-            ok[ok.clone()] = self._full(rows, replayed, ok.nonzero().flatten().tolist(), margins)
+            ok[new] = passed
+            again = [i for i in ok.nonzero().flatten().tolist() if i not in new]
+            ok[again] = self._full(rows, replayed, again, margins)
         return self._among(rows, replayed), ok
 
     def _among(self, rows: Sequence[Row], replayed: Replayed) -> SuffixOutput:
