@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's, without the yellow that white paper swallows: apart without colour vision too.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-_MARKERS = ("o", "s", "D", "^", "v", "P", "X")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 _REGIMES: dict[str, Any] = {"batch": "-", "stream": "--"}
 _GOAL_MARKERS = {"batch": "*", "stream": "p"}
 _COLUMNS = 4
@@ -155,8 +155,8 @@ def _lines(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
 
 def _styles(count: int) -> list[tuple[str, str]]:
     """Colour and marker of each line; where colours run out, other markers tell apart."""
-    size = len(_COLOURS)
-    return [(_COLOURS[i % size], _MARKERS[(i + i // size) % size]) for i in range(count)]
+    size = len(COLOURS)
+    return [(COLOURS[i % size], MARKERS[(i + i // size) % size]) for i in range(count)]
 
 
 def _line(

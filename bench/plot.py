@@ -1,7 +1,8 @@
 """`python -m bench.plot [FILE.jsonl ...] [--out DIR]`: recorded rows as figures.
 
 Rows of `bench.run` become speed-ups over plain torch and rooflines, rows of `bench.lifelong` its
-metrics against the number of edits. Needs matplotlib, which only this uses (the `bench` extra).
+metrics against the number of edits, rows of `bench.overhead` costs against the number of shards.
+Needs matplotlib, which only this uses (the `bench` extra).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bench import lifelong_plot
+from bench import lifelong_plot, overhead, overhead_plot
 from bench import rows as bench_rows
 from bench.cases import DISPATCH_SHAPE, ROUTES, SHAPES, Case
 from bench.lifelong_options import RESULTS
@@ -206,6 +207,7 @@ def draw(rows: Sequence[Row], folder: Path, svg: bool = False) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     figures = _measured([row for row in rows if "provider" in row])
     figures |= lifelong_plot.figures(rows)
+    figures |= overhead_plot.figures(rows)
     written = []
     for name, figure in figures.items():
         for suffix in ("png", "svg") if svg else ("png",):
@@ -239,7 +241,8 @@ def main(
         list[Path] | None,
         typer.Argument(
             metavar="[FILE...]",
-            help="Rows of bench.run or bench.lifelong; without, bench/results/lifelong.jsonl.",
+            help="Rows of bench.run, bench.lifelong or bench.overhead; without, those of the last "
+            "two that are recorded.",
             exists=True,
             dir_okay=False,
             show_default=False,
@@ -261,7 +264,7 @@ def main(
     except ImportError as error:
         console.complain("drawing needs matplotlib: pip install 'wise-ext[bench]'")
         raise typer.Exit(1) from error
-    chosen = files or [path for path in (RESULTS,) if path.is_file()]
+    chosen = files or [path for path in (RESULTS, overhead.RESULTS) if path.is_file()]
     rows = [row for file in chosen for row in bench_rows.read(file)]
     rows = [
         row
