@@ -46,7 +46,6 @@ def batches(lab: SimpleNamespace, known: list[list[int]], left: bool) -> list[di
     return [*batches, lab.padded([other, other, other], left)]
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2", "opt"])
 @torch.no_grad()
 def test_forward(architecture: str, lab: SimpleNamespace, counter: Counter) -> None:
     model, known = lab.make_model(architecture), lab.prompts(5, 9)

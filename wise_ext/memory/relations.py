@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import max_pool1d, normalize
+from torch.nn.functional import normalize, pad
 
 from wise_ext.memory.token_keys import TokenKeys, TokenMap
 
@@ -145,5 +145,8 @@ def around(named: Tensor, real: Tensor) -> Tensor:
         named: bool ``[B, t]``: the tokens of the name.
         real: bool ``[B, t]``.
     """
-    near = max_pool1d(named.float(), 2 * _NEAR + 1, stride=1, padding=_NEAR) > 0
+    # named tokens within the window, by differences of running counts
+    window = 2 * _NEAR + 1
+    count = pad(named.int(), (_NEAR + 1, _NEAR)).cumsum(-1)
+    near = count[:, window:] > count[:, :-window]
     return near & real & ~named
