@@ -95,3 +95,45 @@ def test_a_reset_static_cache_decides_anew(lab: SimpleNamespace, counter: Counte
         compiled(more, past_key_values=cache)
         assert [values.tolist() for values in last_decision(model)] == [[route], [1000 + route]]
         cache.reset()
+
+
+@pytest.mark.parametrize("kind", ["key_memory", "indicator_memory"])
+@torch.no_grad()
+def test_more_edits_compile_nothing_anew(kind: str, lab: SimpleNamespace, counter: Counter) -> None:
+    """A memory that has grown runs the graph there is, and says what it says eagerly."""
+    model = lab.make_model("llama")
+    known = lab.prompts(5, 9, 7, 6, 8)
+    make = getattr(lab, kind)
+    patch(model, make(model, known[:2]))
+    compiled = torch.compile(model, fullgraph=True, backend=counter.backend)
+    batch = lab.padded([known[0], known[4], known[1]], left=False)
+    before = compiled(**batch, use_cache=False).logits
+    for count in (3, 5, 4):
+        patch(model, make(model, known[:count]))
+        eager = model(**batch, use_cache=False).logits
+        logits = compiled(**batch, use_cache=False).logits
+        torch.testing.assert_close(logits, eager, rtol=1e-4, atol=1e-4)
+        if count == 5 and kind == "key_memory":
+            assert last_route(model).tolist() == [0, 4, 1]
+            assert not torch.allclose(logits, before)
+    # The indicator's memory has one shard whatever it knows, a size that is built in.
+    assert len(counter.graphs) == 1
+
+
+@torch.no_grad()
+def test_generating_with_more_edits_compiles_nothing_anew(
+    lab: SimpleNamespace, counter: Counter
+) -> None:
+    model, known = lab.make_model("llama"), lab.prompts(5, 9, 7, 6)
+    config = CompileConfig(fullgraph=True, backend=counter.backend, mode=None)
+    config._compile_all_devices = True
+    batch = lab.padded([known[0], known[3], known[1]], left=True)
+    for count in (2, 4, 3):
+        patch(model, lab.key_memory(model, known[:count]))
+        eager = model.generate(**batch, **GREEDY)
+        output = model.generate(
+            **batch, **GREEDY, cache_implementation="static", compile_config=config
+        )
+        assert last_route(model).tolist() == [0, 3 if count == 4 else -1, 1]
+        assert torch.equal(output, eager)
+    assert len(counter.graphs) == 1

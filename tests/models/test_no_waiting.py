@@ -15,6 +15,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from wise_ext.memory import Decision
+from wise_ext.memory.growing import Growing
 from wise_ext.models import disabled, force_route, last_route, patch, prompt_lengths
 from wise_ext.models.installed import patch_of
 from wise_ext.nn import Course
@@ -38,6 +39,8 @@ def forget_values(mode: FakeTensorMode, *modules: nn.Module) -> None:
         for name, buffer in part._buffers.items():
             if buffer is not None:
                 part._buffers[name] = mode.from_tensor(buffer)
+        if isinstance(part, Growing):
+            part.hold(**{name: mode.from_tensor(held) for name, held in part.held().items()})
 
 
 def test_reading_a_fake_tensor_raises() -> None:

@@ -17,6 +17,7 @@ from wise_ext.errors import StorageError
 from wise_ext.storage import check_base, load_memory_dir, save_memory
 from wise_ext.storage import encoding as encoding_module
 from wise_ext.storage.commit import CONFIG, FILES, LEDGER, TENSORS
+from wise_ext.storage.files import Content, map_file
 
 MakeExample = Callable[..., Any]
 
@@ -266,10 +267,53 @@ def test_a_save_between_two_reads_is_waited_out(
     real = directory.read_file
     pending = [newer]
 
-    def read(folder: Path, name: str) -> bytes:
+    def read(folder: Path, name: str) -> Content:
         if name == TENSORS and pending:
             pending.pop().save(tmp_path)
         return real(folder, name)
 
     monkeypatch.setattr(directory, "read_file", read)
     assert _same(load_memory_dir(tmp_path), newer)
+
+
+def test_tensors_lie_where_the_file_is_mapped(make_example: MakeExample, tmp_path: Path) -> None:
+    """Loading copies nothing, and a bank of the stored dtype is the file's own pages."""
+    make_example(shards=3).save(tmp_path)
+    memory = load_memory_dir(tmp_path).memory
+    bank, again = memory.bank(), memory.bank()
+    first, second, third = (shard.values for shard in memory.shards)
+    assert first.untyped_storage().data_ptr() == third.untyped_storage().data_ptr()
+    assert bank.values.data_ptr() == first.data_ptr() == again.values.data_ptr()
+    assert bank.mask_bits.data_ptr() == memory.shards[0].mask_bits.data_ptr()
+    assert second.data_ptr() == first.data_ptr() + first.nbytes
+    half = memory.bank(torch.bfloat16)
+    assert half.values.equal(bank.values.bfloat16()) and memory.bank().values is bank.values
+
+
+def test_a_mapped_file_outlives_a_save_over_it(make_example: MakeExample, tmp_path: Path) -> None:
+    old = make_example(shards=2)
+    old.save(tmp_path)
+    stored = load_memory_dir(tmp_path)
+    make_example(shards=1).save(tmp_path)
+    assert _same(stored, old)
+
+
+def test_a_bank_is_made_anew_when_a_shard_is_another(make_example: MakeExample) -> None:
+    memory, other = make_example(shards=3).memory, make_example(shards=2).memory
+    before = memory.bank()
+    assert memory.bank().values is before.values
+    memory.replace_shard(1, other.shards[0])
+    start, end = (int(memory.bank().row_ptr[n * memory.shape[0]]) for n in (1, 2))
+    assert memory.bank().values[start:end].equal(other.shards[0].values)
+    memory.remove_shard(0)
+    assert memory.bank().num_shards == 2
+
+
+@pytest.mark.parametrize("cut", [0, 4, 60, -1])
+def test_a_mapped_file_that_is_not_whole_is_refused(
+    make_example: MakeExample, tmp_path: Path, cut: int
+) -> None:
+    make_example().save(tmp_path)
+    (tmp_path / "x").write_bytes((tmp_path / TENSORS).read_bytes()[:cut])
+    with pytest.raises(StorageError, match="not a whole safetensors file"):
+        encoding_module.decode_tensors(map_file(tmp_path / "x"), "x")

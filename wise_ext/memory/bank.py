@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from wise_ext import ops
+from wise_ext.memory.growing import Growing
 from wise_ext.memory.masks import mask_words
 from wise_ext.memory.shards import VALUE_DTYPES, Shard, check_packed
 
 
-class PackedBank(nn.Module):
+class PackedBank(Growing):
     """``k`` shards of one projection; ``k == 0`` is an empty bank.
 
-    The tensors are buffers, so the bank moves with its model, and are not persistent, so that a
-    patched model's ``state_dict`` stays the base model's.
+    The bank moves with its model, and a patched model's ``state_dict`` stays the base model's.
 
     Attributes:
         mask_bits: int32 ``[k, d_out, ceil(d_in / 32)]``.
@@ -40,9 +40,7 @@ class PackedBank(nn.Module):
             raise ValueError(f"mask_bits must be [k, {shape[0]}, W], got {list(mask_bits.shape)}")
         check_packed(mask_bits, values, row_ptr, shape[1])
         self.shape = shape
-        self.register_buffer("mask_bits", mask_bits, persistent=False)
-        self.register_buffer("values", values, persistent=False)
-        self.register_buffer("row_ptr", row_ptr, persistent=False)
+        self.hold(mask_bits=mask_bits, values=values, row_ptr=row_ptr)
 
     @classmethod
     def from_shards(

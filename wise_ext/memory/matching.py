@@ -76,7 +76,7 @@ class PreparedKeys(NamedTuple):
         # an edit at the radius may tie with one above it
         scores = self._scores(query, radius - _TIE)
         bests, rows = [], []
-        for _ in range(min(_CANDIDATES, self.places.shape[0])):
+        for _ in range(_CANDIDATES):  # of fewer, some are looked at again, in vain
             best, row = _last_of_best(scores)
             bests.append(best)
             rows.append(row)

@@ -8,16 +8,18 @@ consists of tensor operations, so that ``torch.compile`` can trace it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from wise_ext.memory.bank import PackedBank
 from wise_ext.memory.cues import NO_CUE, Cues
+from wise_ext.memory.growing import Growing
 from wise_ext.memory.key_index import KeyIndex
 from wise_ext.memory.matching import PreparedKeys
-from wise_ext.memory.token_keys import last_tokens
+from wise_ext.memory.relations import RelationMap
+from wise_ext.memory.token_keys import TokenMap, last_tokens
 
 MAIN = -1
 
@@ -54,8 +56,12 @@ class Router(Protocol):
         """
         ...
 
+    def become(self, other: Any) -> None:
+        """Know what another router of the same kind knows, and nothing else."""
+        ...
 
-class IndicatorRouter(nn.Module):
+
+class IndicatorRouter(Growing):
     """The paper's router (Eq. 3, 6): the shard with the largest indicator, if above its threshold.
 
     The indicator of shard ``i`` is the mean over the real tokens of ``||D_i a_t||_2``. Of equal
@@ -80,7 +86,7 @@ class IndicatorRouter(nn.Module):
         self.layer = layer
         self.bank = bank
         values = torch.tensor(list(thresholds), dtype=torch.float32, device=bank.values.device)
-        self.register_buffer("thresholds", values, persistent=False)
+        self.hold(thresholds=values)
 
     def indicators(self, a: Tensor, real: Tensor) -> Tensor:
         """Return every shard's indicator, fp32 ``[B, k]``; arguments as for ``decide``."""
@@ -110,7 +116,7 @@ class IndicatorRouter(nn.Module):
         return uncued(torch.where(inside, best, MAIN).to(torch.int32))
 
 
-class KeyRouter(nn.Module):
+class KeyRouter(Growing):
     """The key index as a router: the shard of the stored edit that is asked for, if any is.
 
     A prompt is recognised by its last ``WINDOW`` tokens.
@@ -127,6 +133,7 @@ class KeyRouter(nn.Module):
         cues: what the index's numbers stand for; None gives no cues.
     """
 
+    fixed = frozenset((*TokenMap._fields, *RelationMap._fields))
     shards: Tensor
     keys: Tensor
     places: Tensor
@@ -144,13 +151,17 @@ class KeyRouter(nn.Module):
         self.layer = layer
         self.cues = cues
         self.radius, self.lead = float(radius), float(lead)
-        for name, tensor in index.prepare()._asdict().items():
-            self.register_buffer(name, tensor, persistent=False)
+        self.hold(**index.prepare()._asdict())
 
     @property
     def prepared(self) -> PreparedKeys:
         """What prompts are compared with."""
         return PreparedKeys(*(getattr(self, name) for name in PreparedKeys._fields))
+
+    def become(self, other: Any) -> None:
+        """See ``Growing.become``."""
+        super().become(other)
+        self.radius, self.lead, self.cues = other.radius, other.lead, other.cues
 
     def nearest(self, a: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
         """Return the best edit's score, fp32 ``[B]``, and its row in the index, int64 ``[B]``,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,15 @@ ROUTINGS = ("key", "indicator")
 VARIANTS = ("retrieve", "merge")
 _BANK = "bank."
 _KEYS = "key_index."
+
+
+class _Packed(NamedTuple):
+    """The tensors of a bank, and the shards that it is of."""
+
+    shards: tuple[Shard, ...]
+    mask_bits: Tensor
+    values: Tensor
+    row_ptr: Tensor
 
 
 @dataclass(eq=False)
@@ -56,6 +65,7 @@ class SideMemory:
     variant: str = "retrieve"
     lead: float = 3.0
     cue: float = 0.0
+    _packed: dict[torch.dtype, _Packed] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.routing not in ROUTINGS:
@@ -93,8 +103,21 @@ class SideMemory:
     def bank(
         self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> PackedBank:
-        """Return the packed bank of all shards; see ``PackedBank.from_shards``."""
-        return PackedBank.from_shards(self.shards, self.shape, dtype, device)
+        """Return the packed bank of all shards; see ``PackedBank.from_shards``.
+
+        Banks of one dtype on the CPU share their tensors for as long as the shards stay the same,
+        and those of a stored memory's own dtype lie where its file is mapped: however many models
+        use a memory, it is there once.
+        """
+        if torch.device(device).type != "cpu":
+            return PackedBank.from_shards(self.shards, self.shape, dtype, device)
+        packed = self._packed.get(dtype)
+        if packed is None or not _same(packed.shards, self.shards):
+            bank = PackedBank.from_shards(self.shards, self.shape, dtype, device)
+            tensors = bank.mask_bits, bank.values, bank.row_ptr
+            self._packed[dtype] = _Packed(tuple(self.shards), *tensors)
+            return bank
+        return PackedBank(*packed[1:], self.shape)
 
     def router(self, bank: PackedBank | None = None) -> Router | None:
         """Return the router of the memory as it is now, or None where there is no shard.
@@ -241,8 +264,8 @@ class SideMemory:
             pointers = row_ptr[index * d_out : (index + 1) * d_out + 1]
             shards.append(
                 Shard(
-                    mask_bits[index].clone(),
-                    values[int(pointers[0]) : int(pointers[-1])].clone(),
+                    mask_bits[index],
+                    values[int(pointers[0]) : int(pointers[-1])],
                     pointers - pointers[0],
                     d_in,
                     float(thresholds[index]),
@@ -256,7 +279,7 @@ class SideMemory:
             key_index = KeyIndex.from_state(keys, meta["key_index"])
             if bool(((key_index.shards < 0) | (key_index.shards >= len(shards))).any()):
                 raise ValueError(f"key index: a key names none of the {len(shards)} shards")
-        return cls(
+        memory = cls(
             meta["layer"],
             (d_out, d_in),
             shards,
@@ -268,6 +291,8 @@ class SideMemory:
             float(meta["lead"]),
             float(meta["cue"]),
         )
+        memory._packed[values.dtype] = _Packed(tuple(shards), mask_bits, values, row_ptr)
+        return memory
 
     def _check(self, shard: Shard) -> None:
         if shard.shape != self.shape:
@@ -276,3 +301,8 @@ class SideMemory:
             raise ValueError(
                 f"the shard holds {shard.values.dtype}, the memory {self.shards[0].values.dtype}"
             )
+
+
+def _same(one: Sequence[Shard], other: Sequence[Shard]) -> bool:
+    """Whether two lists are of the very same shards, whose tensors nobody changes."""
+    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))

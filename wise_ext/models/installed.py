@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from wise_ext.errors import ModelError
-from wise_ext.memory import SideMemory
+from wise_ext.memory import PackedBank, Router, SideMemory
 from wise_ext.models.routing import Routing
 from wise_ext.nn import DualLinear
 
@@ -26,6 +26,19 @@ class Patch:
     routing: Routing
     handles: list[RemovableHandle]
     own_generate: Callable[..., Any] | None
+
+    def renew(self, memory: SideMemory, bank: PackedBank, router: Router) -> None:
+        """Take another memory of the same layers and kind of router, its tensors in place of the
+        ones there are; all else is as after a fresh patch.
+
+        Args:
+            memory: the new one.
+            bank: of its shards.
+            router: of its keys or thresholds.
+        """
+        self.dual.bank.become(bank)
+        self.routing.renew(router)
+        self.memory = memory
 
 
 def patch_of(model: nn.Module) -> Patch:

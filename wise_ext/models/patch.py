@@ -37,7 +37,8 @@ def patch(model: nn.Module, memory: SideMemory, dtype: torch.dtype | None = None
 
     The projection at `memory.layer` is wrapped, its weight neither copied nor written. Hooks
     decide each row's route from its real prompt tokens and hold it while the row generates. A
-    model that is patched already gets this memory in place of the other.
+    model that is patched already gets this memory in place of the other; where that has the same
+    layers and a router of the same kind, compiled code goes on to be used.
 
     Args:
         model: a causal language model.
@@ -72,6 +73,9 @@ def patch(model: nn.Module, memory: SideMemory, dtype: torch.dtype | None = None
     router = memory.router(bank)
     if router is not None:
         _check_order(model, router.layer, layer)
+    if current is not None and router is not None and _fits(current, model, memory, router):
+        current.renew(memory, bank, router)
+        return
     if current is not None:
         unload(model)
     _install(model, memory, base, bank, router)
@@ -140,6 +144,18 @@ def _install(
     if callable(getattr(model, "generate", None)):
         vars(model)["generate"] = wrap_generate(model, routing)
     vars(model)[ATTRIBUTE] = Patch(memory, dual, routing, handles, own)
+
+
+def _fits(current: Patch, model: nn.Module, memory: SideMemory, router: Router) -> bool:
+    """Whether what is installed can take this memory as it stands: then nothing that was compiled
+    has to be compiled anew."""
+    there, parent = current.routing.router, _parent_of(model, current.memory.layer)
+    return (
+        current.memory.layer == memory.layer
+        and parent[0]._modules.get(parent[1]) is current.dual
+        and type(router) is type(there)
+        and router.layer == there.layer
+    )
 
 
 def _body_of(model: nn.Module, path: str) -> nn.Module:

@@ -23,18 +23,35 @@ from wise_ext.nn import Course, Glance, RouteState
 
 _HELD = "_wise_ext_route"
 _CACHED = "routes on the cache"
-_serials = itertools.count(1)
+_patches = itertools.count(1)
 
 
 class RouteKnown(Exception):
     """Raised inside a forward pass that was run for its routes alone."""
 
 
-class Held:
-    """A course some generation keeps, a look at its route, and whose it is."""
+class Epoch:
+    """The time for which one memory of a patch is there: routes name its shards until it is over.
+    A copy of a cache is of the same epoch, not of a copy of it."""
 
-    def __init__(self, serial: int, course: Course, glance: Glance | None) -> None:
-        self.serial = serial
+    def __init__(self, patch: int) -> None:
+        self.patch = patch
+        self.over = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Epoch:
+        return self
+
+    def next(self) -> Epoch:
+        """End this one, and begin another of the same patch."""
+        self.over = True
+        return Epoch(self.patch)
+
+
+class Held:
+    """A course some generation keeps, a look at its route, and the epoch it belongs to."""
+
+    def __init__(self, epoch: Epoch, course: Course, glance: Glance | None) -> None:
+        self.epoch = epoch
         self.course = course
         self.glance = glance
 
@@ -55,14 +72,23 @@ class Routing:
         self.state = state
         self.router = router
         self.only_routes = False
-        # A route names shards of this patch; a later patch must not take it for its own.
-        self._serial = next(_serials)
+        # A route names shards of this memory; a later one must not take it for its own.
+        self._epoch = Epoch(next(_patches))
         self._names = tuple(inspect.signature(body.forward).parameters)
         self._caches_by_default = bool(getattr(getattr(model, "config", None), "use_cache", True))
         self._held: Held | None = None
         self._fresh: Tensor | None = None
         self._generation: _Generation | None = None
         self._keeper: Any = None
+
+    def renew(self, router: Router) -> None:
+        """Route by what this router knows, one of the kind there is; routes that were held name
+        shards that are gone."""
+        assert self.router is not None
+        self.router.become(router)
+        self._epoch = self._epoch.next()
+        self.state.reset()
+        self._forget()
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Pre-hook of the body: hold, force, or make ready to decide."""
@@ -179,7 +205,10 @@ class Routing:
 
     def _held_by(self, keeper: Any) -> Held | None:
         held: Held | None = getattr(keeper, _HELD, None)
-        return held if held is not None and held.serial == self._serial else None
+        # In words that stay true when an epoch follows another: compiled code relies on them.
+        if held is None or held.epoch.patch != self._epoch.patch or held.epoch.over:
+            return None
+        return held
 
     def _settle(self, course: Course) -> None:
         self.state.settle(course)
@@ -189,7 +218,7 @@ class Routing:
 
     def _hold(self, keeper: Any, course: Course) -> None:
         glance = None if torch.compiler.is_compiling() else self.state.glance
-        setattr(keeper, _HELD, Held(self._serial, course, glance))
+        setattr(keeper, _HELD, Held(self._epoch, course, glance))
 
     def _forget(self) -> None:
         self.state.clear()

@@ -70,6 +70,10 @@ class RouteState:
     """
 
     def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Nothing forced, limited or known, as after a fresh patch."""
         self.enabled = True
         self.forced: Course | None = None
         self.limits: Tensor | None = None

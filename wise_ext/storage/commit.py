@@ -17,8 +17,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from wise_ext.storage.files import (
+    Content,
     discard_folder,
     make_folder,
+    map_file,
     sync_folder,
     undone_on_failure,
     write_durably,
@@ -96,13 +98,14 @@ def has_journal(directory: Path) -> bool:
     return (directory / JOURNAL).is_dir() and not ended
 
 
-def read_committed(directory: Path, name: str) -> bytes:
-    """Return a file of the memory that counts, without changing anything.
+def read_committed(directory: Path, name: str) -> Content:
+    """Return a file of the memory that counts, without changing anything; the tensors mapped.
 
     Raises:
         OSError: it cannot be read (``FileNotFoundError``: it is not there).
     """
+    read = map_file if name == TENSORS else Path.read_bytes
     try:
-        return (directory / _STAGED / name).read_bytes()
+        return read(directory / _STAGED / name)
     except (FileNotFoundError, NotADirectoryError):
-        return (directory / name).read_bytes()
+        return read(directory / name)

@@ -11,7 +11,7 @@ from wise_ext.errors import ConfigError, StorageError
 from wise_ext.memory.side_memory import SideMemory
 from wise_ext.storage import encoding
 from wise_ext.storage.commit import CONFIG, LEDGER, TENSORS, commit, has_journal, read_committed
-from wise_ext.storage.files import explained
+from wise_ext.storage.files import Content, explained
 
 if TYPE_CHECKING:
     from wise_ext.storage.journal import Journal
@@ -136,10 +136,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         StorageError: see ``load_memory_dir``.
     """
-    return encoding.decode_config(read_file(folder, CONFIG), str(folder))
+    return encoding.decode_config(bytes(read_file(folder, CONFIG)), str(folder))
 
 
-def read_file(folder: Path, name: str) -> bytes:
+def read_file(folder: Path, name: str) -> Content:
     """Read one file of a memory directory.
 
     Raises:
@@ -161,7 +161,7 @@ def read_file(folder: Path, name: str) -> bytes:
     raise StorageError(f"{name} is missing in {folder}: {cause}")
 
 
-def build_memory(data: bytes, meta: Mapping[str, Any], folder: Path) -> SideMemory:
+def build_memory(data: Content, meta: Mapping[str, Any], folder: Path) -> SideMemory:
     """Put the memory together from its tensors and their description.
 
     Raises:
@@ -182,7 +182,7 @@ def _load(folder: Path, config: dict[str, Any]) -> StoredMemory:
     return StoredMemory(
         build_memory(data[TENSORS], config["memory"], folder),
         config["settings"],
-        encoding.decode_ledger(data[LEDGER], str(folder)),
+        encoding.decode_ledger(bytes(data[LEDGER]), str(folder)),
         config["base"],
         config["library_version"],
         config["checksum"],

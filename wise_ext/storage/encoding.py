@@ -7,17 +7,19 @@ reads back the same, tensors in safetensors' own order.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from wise_ext._version import __version__
 from wise_ext.errors import StorageError
 from wise_ext.storage.commit import CONFIG, LEDGER, TENSORS
-from wise_ext.storage.files import sha256
+from wise_ext.storage.files import Content, sha256
 
 FORMAT = "wise-ext-memory"
 FORMAT_VERSION = 4
@@ -34,6 +36,17 @@ LEDGER_FIELDS = (
     "guests",
     "record",
 )
+# Of safetensors' names, those of the tensors that a memory has.
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "BOOL": torch.bool,
+}
 DAMAGED = "was altered or cut short since it was written: restore it from a copy, or edit again"
 
 
@@ -170,7 +183,7 @@ def decode_config(data: bytes, where: str) -> dict[str, Any]:
     return content
 
 
-def check_digest(name: str, data: bytes, expected: Mapping[str, Any], where: str) -> None:
+def check_digest(name: str, data: Content, expected: Mapping[str, Any], where: str) -> None:
     """Check a file against its length and hash in the configuration.
 
     Raises:
@@ -212,15 +225,39 @@ def encode_tensors(tensors: Mapping[str, Tensor]) -> bytes:
     return safetensors.torch.save(plain)
 
 
-def decode_tensors(data: bytes, where: str) -> dict[str, Tensor]:
-    """Read a safetensors file.
+def decode_tensors(data: Content, where: str) -> dict[str, Tensor]:
+    """Read a safetensors file; the tensors of a mapped one lie where it is mapped.
 
     Raises:
         StorageError: it is not one, or not a whole one.
     """
     try:
-        return safetensors.torch.load(data)
-    except (SafetensorError, ValueError, KeyError) as error:
+        if isinstance(data, bytes):
+            return safetensors.torch.load(data)
+        return _mapped_tensors(data)
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise StorageError(
             f"{where} is not a whole safetensors file ({error}): it {DAMAGED}"
         ) from None
+
+
+def _mapped_tensors(data: Content) -> dict[str, Tensor]:
+    """What the library reads by copying: eight bytes of length, a JSON header, then the data."""
+    size = int.from_bytes(data[:8], "little")
+    begin, found = 8 + size, {}
+    if not 2 <= size <= len(data) - 8:
+        raise ValueError("the header is longer than the file")
+    for name, told in parse(data[8:begin]).items():
+        if name == "__metadata__":
+            continue
+        dtype, shape = _DTYPES[told["dtype"]], told["shape"]
+        first, last = told["data_offsets"]
+        count = math.prod(shape)
+        if not 0 <= first <= last <= len(data) - begin or last - first != count * dtype.itemsize:
+            raise ValueError(f"{name} does not lie within the file")
+        if count:
+            flat = torch.frombuffer(data, dtype=dtype, count=count, offset=begin + first)
+            found[name] = flat.view(shape)
+        else:
+            found[name] = torch.empty(shape, dtype=dtype)
+    return found

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import mmap
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeAlias
 
 from wise_ext.errors import StorageError
 
@@ -34,7 +36,20 @@ _CURES = (
 )
 
 
-def sha256(data: bytes) -> str:
+#: a file, read or mapped
+Content: TypeAlias = bytes | mmap.mmap
+
+
+def map_file(path: Path) -> Content:
+    """Return a file mapped into memory: its pages are read when they are needed and shared with
+    whoever else maps it. What is written there stays with this process."""
+    with path.open("rb") as file:
+        if not os.fstat(file.fileno()).st_size:  # which cannot be mapped
+            return b""
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+
+def sha256(data: Content) -> str:
     """Return the SHA-256 of some bytes, in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
 

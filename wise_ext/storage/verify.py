@@ -12,6 +12,7 @@ from wise_ext.memory.side_memory import SideMemory
 from wise_ext.storage.commit import CONFIG, JOURNAL, LEDGER, TENSORS, has_journal
 from wise_ext.storage.directory import build_memory, read_config, read_file
 from wise_ext.storage.encoding import LEDGER_FIELDS, check_digest, decode_ledger
+from wise_ext.storage.files import Content
 from wise_ext.storage.journal_reader import read_state, read_tail
 
 
@@ -52,7 +53,7 @@ def verify(directory: str | Path) -> list[Check]:
         if tensors is not None:
             memory = run("shards", lambda: _memory(folder, tensors, config))
         if lines is not None:
-            ledger = run("ledger", lambda: _ledger(folder, lines))
+            ledger = run("ledger", lambda: _ledger(folder, bytes(lines)))
         if memory is not None:
             run("keys", lambda: _keys(memory))
         if memory is not None and ledger is not None:
@@ -67,13 +68,13 @@ def _config(folder: Path) -> tuple[dict[str, Any], str]:
     return config, f"format version {config['format_version']}, base model {base!r}"
 
 
-def _file(folder: Path, name: str, config: dict[str, Any]) -> tuple[bytes, str]:
+def _file(folder: Path, name: str, config: dict[str, Any]) -> tuple[Content, str]:
     data = read_file(folder, name)
     check_digest(name, data, config["files"][name], str(folder))
     return data, f"{len(data)} bytes, hash as recorded"
 
 
-def _memory(folder: Path, data: bytes, config: dict[str, Any]) -> tuple[SideMemory, str]:
+def _memory(folder: Path, data: Content, config: dict[str, Any]) -> tuple[SideMemory, str]:
     memory = build_memory(data, config["memory"], folder)
     for index, shard in enumerate(memory.shards):
         if not bool(shard.values.isfinite().all()):
