@@ -172,15 +172,19 @@ def provenance(device: str, command: str, commit: str | None = None) -> Row:
 
 
 def commit_of(root: Path) -> str:
-    """The commit of a checkout, "+changes" where files differ from it; "unknown" outside git."""
-    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--exclude=*"]
+    """The commit of a checkout, "+changes" where files differ from it, recorded rows aside, which
+    a run adds to itself; "unknown" outside git."""
+
+    def git(*command: str) -> subprocess.CompletedProcess[str]:
+        whole = ["git", "-C", str(root), *command]
+        return subprocess.run(whole, capture_output=True, text=True, check=False)
+
     try:
-        answer = subprocess.run(
-            [*command, "--dirty=+changes"], capture_output=True, text=True, check=False
-        )
+        commit = git("rev-parse", "--short=12", "HEAD").stdout.strip()
+        changed = git("diff", "--quiet", "HEAD", "--", ":/", ":(top,exclude)bench/results")
     except OSError:
         return "unknown"
-    return answer.stdout.strip() or "unknown"
+    return commit + "+changes" * (changed.returncode == 1) if commit else "unknown"
 
 
 def _driver() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -226,3 +227,24 @@ def test_the_last_row_of_a_case_counts() -> None:
         row("dual_linear", "cuda", 101.0, dtype="bf16", variant="none"),
     )
     assert next(iter(found.values())).measured == pytest.approx(1.01)
+
+
+def test_rows_name_the_commit_and_whether_files_differ_from_it(tmp_path: Path) -> None:
+    def git(*command: str) -> None:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", "-C", str(tmp_path), *who, *command], check=True)
+
+    assert rows.commit_of(tmp_path) == "unknown"
+    results = tmp_path / "bench" / "results"
+    results.mkdir(parents=True)
+    for file in (results / "rows.jsonl", tmp_path / "code.py"):
+        file.write_text("1\n", encoding="utf-8")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "all")
+    commit = rows.commit_of(tmp_path)
+    assert len(commit) == 12
+    (results / "rows.jsonl").write_text("1\n2\n", encoding="utf-8")
+    assert rows.commit_of(tmp_path) == commit
+    (tmp_path / "code.py").write_text("2\n", encoding="utf-8")
+    assert rows.commit_of(tmp_path) == f"{commit}+changes"
