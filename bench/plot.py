@@ -37,6 +37,8 @@ STYLES = {
 }
 BASELINE = "torch"
 PLOTS = ROOT / "docs" / "plots"
+# What is drawn unless files are named.
+RECORDED = (RESULTS, overhead.RESULTS)
 # More lines than this and labels become small: the figure gets another column.
 LINES_A_COLUMN = 36
 
@@ -264,7 +266,7 @@ def main(
     except ImportError as error:
         console.complain("drawing needs matplotlib: pip install 'wise-ext[bench]'")
         raise typer.Exit(1) from error
-    chosen = files or [path for path in (RESULTS, overhead.RESULTS) if path.is_file()]
+    chosen = files or [path for path in RECORDED if path.is_file()]
     rows = [row for file in chosen for row in bench_rows.read(file)]
     rows = [
         row

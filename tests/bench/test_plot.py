@@ -188,6 +188,6 @@ def test_names_choose_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_nothing_to_draw(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(plot, "RESULTS", tmp_path / "none.jsonl")
+    monkeypatch.setattr(plot, "RECORDED", (tmp_path / "none.jsonl",))
     with pytest.raises(typer.Exit):
         plot.main(None, tmp_path)
