@@ -9,7 +9,7 @@
 
 namespace wise {
 
-enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Vbmi2 = 3, kBest = 4 };
+enum class Isa : int { kPortable, kAvx2, kAvx512, kAvx512Vbmi2, kAmx, kBest };
 
 // Runs body(begin, end, context) over the pieces of [0, count), in parallel. `grain` is the least
 // number of items worth a thread. Results never depend on where the pieces are cut.
@@ -36,7 +36,8 @@ struct Update {
 };
 
 // Stored entries of late interaction: an entry's token j is row places[entry * most + j] of keys
-// (-1: there is none) times its scale, of length at most 1, and counts weights[...] >= 0.
+// (-1: there is none) times its scale, of length at most 1, and counts weights[...] >= 0, which are
+// together at most 1.
 struct MaxSim {
   const int8_t* keys;
   const float* scales;

@@ -11,6 +11,8 @@ namespace wise {
 namespace {
 
 constexpr int64_t kLanes = 16;
+// Added and taken away again, it leaves a small number's nearest whole one.
+constexpr float kRounding = 12582912.0f;
 
 // One row of the batch: its tokens, but for zeros, which match nothing, in a panel [width, lanes],
 // and rounded to bytes as [width / 4, lanes, 4].
@@ -45,10 +47,11 @@ class Laid {
     for (int64_t t = 0; t < lanes_; ++t) {
       const auto i = static_cast<std::size_t>(t);
       const float step = t < count ? largest[i] / 127.0f : 0.0f;
+      const float inverse = t < count ? 127.0f / largest[i] : 0.0f;
       double lost = 0.0;
       for (int64_t c = 0; c < width; ++c) {
         const float value = panel_[c * lanes_ + t];
-        const float whole = t < count ? std::nearbyint(value / step) : 0.0f;
+        const float whole = value * inverse + kRounding - kRounding;
         const double rest = static_cast<double>(value) - static_cast<double>(whole) * step;
         lost += rest * rest;
         bytes_[(c / 4 * lanes_ + t) * 4 + c % 4] = static_cast<uint8_t>(whole + 128.0f);
@@ -87,7 +90,7 @@ void max_sim(const MaxSim& stored, const float* query, int64_t batch, int64_t to
   }
   const int64_t cost = stored.width * (lanes > 0 ? lanes : 1) / 8;
   run(parallel, stored.entries, grain_for(cost), [&](int64_t begin, int64_t end) {
-    const Buffer<float> scratch = buffer<float>(stored.width);
+    const Buffer<float> scratch = buffer<float>(kSimKeys / 4 * stored.width);
     kernels.max_sim(stored, queries.data(), batch, begin, end, scratch.get(), scores);
   });
 }

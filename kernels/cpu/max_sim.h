@@ -3,6 +3,7 @@
 // units for products of bytes, a query rounded to bytes says first how far it can come at most.
 #pragma once
 
+#include "kernels/cpu/sim_bounds.h"
 #include "kernels/cpu/span.h"
 
 namespace wise::WISE_ISA {
@@ -11,66 +12,8 @@ namespace wise::WISE_ISA {
 inline constexpr float kSimRounding = 1e-5f;
 // Registers of sixteen tokens that are multiplied with one key at a time.
 inline constexpr int kSimGroups = 4;
-
-#if defined(__AVX512VNNI__)
-inline constexpr bool kSimBytes = true;
-
-inline __m512i four_bytes(const int8_t* p) {
-  int32_t word;
-  std::memcpy(&word, p, sizeof word);
-  return _mm512_set1_epi32(word);
-}
-
-// The largest of `best` and, for 16 G tokens, what their cosine with a key can be at most. The
-// panel's bytes are unsigned, 128 too large.
-template <int G>
-inline Vec bytes_best(const uint8_t* panel, int64_t lanes, const int8_t* key, int64_t width,
-                      __m512i excess, Vec scale, const float* steps, const float* errors,
-                      Vec best) {
-  __m512i even[G];
-  __m512i odd[G];
-  for (int g = 0; g < G; ++g) even[g] = odd[g] = _mm512_setzero_si512();
-  for (int64_t c = 0; c < width; c += 8) {
-    const uint8_t* at = panel + c * lanes;
-    const __m512i first = four_bytes(key + c);
-    const __m512i second = four_bytes(key + c + 4);
-    for (int g = 0; g < G; ++g) {
-      even[g] = _mm512_dpbusd_epi32(even[g], _mm512_loadu_si512(at + 64 * g), first);
-      odd[g] = _mm512_dpbusd_epi32(odd[g], _mm512_loadu_si512(at + 4 * lanes + 64 * g), second);
-    }
-  }
-  for (int g = 0; g < G; ++g) {
-    const __m512i sum = _mm512_sub_epi32(_mm512_add_epi32(even[g], odd[g]), excess);
-    const Vec cosine = Vec{_mm512_cvtepi32_ps(sum)} * scale * Vec::load(steps + 16 * g);
-    best = {_mm512_max_ps(best.v, (cosine + Vec::load(errors + 16 * g)).v)};
-  }
-  return best;
-}
-
-inline float at_most(const SimQuery& q, const int8_t* key, float scale, int64_t width) {
-  __m512i sums = _mm512_setzero_si512();
-  for (int64_t c = 0; c < width; c += 64) {
-    sums = _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(1), _mm512_loadu_si512(key + c));
-  }
-  const __m512i excess = _mm512_set1_epi32(128 * _mm512_reduce_add_epi32(sums));
-  const Vec scales = Vec::all(scale);
-  Vec best = Vec::zero();
-  int64_t t = 0;
-  for (; t + 16 * kSimGroups <= q.lanes; t += 16 * kSimGroups) {
-    best = bytes_best<kSimGroups>(q.bytes + 4 * t, q.lanes, key, width, excess, scales, q.steps + t,
-                                  q.errors + t, best);
-  }
-  for (; t < q.lanes; t += 16) {
-    best = bytes_best<1>(q.bytes + 4 * t, q.lanes, key, width, excess, scales, q.steps + t,
-                         q.errors + t, best);
-  }
-  return _mm512_reduce_max_ps(best.v);
-}
-#else
-inline constexpr bool kSimBytes = false;
-
-inline float at_most(const SimQuery&, const int8_t*, float, int64_t) { return 1.0f; }
-#endif
+// Entries that are looked at together.
+inline constexpr int64_t kSimEntries = 256;
 
 // The largest of `best` and the products of 16 G tokens with a key.
 template <int G>
@@ -117,25 +60,16 @@ inline float best_of(const SimQuery& q, const int8_t* key, float scale, int64_t 
   return lanes[0];
 }
 
+// The score of an entry, or 0 as soon as that cannot be above the floor.
 inline float max_sim_of(const MaxSim& m, const SimQuery& q, int64_t entry, float* scratch) {
   const int32_t* places = m.places + entry * m.most;
   const float* weights = m.weights + entry * m.most;
-  const float limit = m.floor - kSimRounding;
   float left = 0.0f;
   for (int64_t j = 0; j < m.most; ++j) left += places[j] < 0 ? 0.0f : weights[j];
-  if (q.bytes != nullptr) {
-    float bound = left;
-    for (int64_t j = 0; j < m.most; ++j) {
-      if (places[j] < 0) continue;
-      const float cosine = at_most(q, m.keys + places[j] * m.width, m.scales[places[j]], m.width);
-      if (cosine < 1.0f) bound -= weights[j] * (1.0f - cosine);
-      if (bound <= limit) return 0.0f;
-    }
-  }
   float total = 0.0f;
   for (int64_t j = 0; j < m.most; ++j) {
     if (places[j] < 0) continue;
-    if (total + left <= limit) return 0.0f;
+    if (total + left <= m.floor - kSimRounding) return 0.0f;
     const float cosine =
         best_of(q, m.keys + places[j] * m.width, m.scales[places[j]], m.width, scratch);
     total += weights[j] * cosine;
@@ -144,14 +78,66 @@ inline float max_sim_of(const MaxSim& m, const SimQuery& q, int64_t entry, float
   return total > m.floor ? total : 0.0f;
 }
 
-// Entries begin..end against every query; each entry's keys are read once for all of them.
+// Of the entries from `begin` on those that the bounds leave a chance, in order: how many there
+// are. All entries' heaviest tokens come first, then the next ones of those that are left.
+inline int64_t contenders(ByteProducts& units, const MaxSim& m, const SimQuery& q, int64_t begin,
+                          int64_t count, int64_t* found) {
+  const float limit = m.floor - kSimRounding;
+  float bounds[kSimEntries];
+  int64_t left = limit < 1.0f ? count : 0;
+  for (int64_t i = 0; i < left; ++i) {
+    bounds[i] = 1.0f;
+    found[i] = begin + i;
+  }
+  for (int64_t j = 0; j < m.most; ++j) {
+    const int64_t there = left;
+    left = 0;
+    for (int64_t i = 0; i < there;) {
+      const int8_t* keys[kSimKeys];
+      float scales[kSimKeys];
+      float cosines[kSimKeys];
+      int64_t of[kSimKeys];
+      int several = 0;
+      const int64_t first = i;
+      for (; i < there && several < kSimKeys; ++i) {
+        const int32_t place = m.places[found[i] * m.most + j];
+        if (place < 0) continue;
+        keys[several] = m.keys + place * m.width;
+        scales[several] = m.scales[place];
+        of[several++] = i;
+      }
+      if (several > 0) at_most(units, q, keys, scales, several, m.width, cosines);
+      for (int s = 0; s < several; ++s) {
+        const float missing = 1.0f - cosines[s];
+        if (missing > 0.0f) bounds[of[s]] -= m.weights[found[of[s]] * m.most + j] * missing;
+      }
+      for (int64_t seen = first; seen < i; ++seen) {
+        bounds[left] = bounds[seen];
+        found[left] = found[seen];
+        if (bounds[left] > limit) ++left;
+      }
+    }
+  }
+  return left;
+}
+
+// Entries begin..end against every query.
 inline void max_sim(const MaxSim& m, const SimQuery* queries, int64_t batch, int64_t begin,
                     int64_t end, float* scratch, float* scores) {
-  for (int64_t e = begin; e < end; ++e) {
+  ByteProducts units(scratch);
+  int64_t found[kSimEntries];
+  for (int64_t first = begin; first < end; first += kSimEntries) {
+    const int64_t count = end - first < kSimEntries ? end - first : kSimEntries;
     for (int64_t b = 0; b < batch; ++b) {
-      const bool broken = queries[b].panel == nullptr;
-      scores[b * m.entries + e] =
-          broken ? __builtin_nanf("") : max_sim_of(m, queries[b], e, scratch);
+      const SimQuery& q = queries[b];
+      float* row = scores + b * m.entries;
+      const bool broken = q.panel == nullptr;
+      const bool bounded = !broken && q.bytes != nullptr;
+      for (int64_t e = first; e < first + count; ++e) {
+        row[e] = broken ? __builtin_nanf("") : bounded ? 0.0f : max_sim_of(m, q, e, scratch);
+      }
+      const int64_t left = bounded ? contenders(units, m, q, first, count, found) : 0;
+      for (int64_t i = 0; i < left; ++i) row[found[i]] = max_sim_of(m, q, found[i], scratch);
     }
   }
 }

@@ -19,6 +19,8 @@ inline constexpr int64_t kTileRows = 8;
 inline constexpr int64_t kTileColumns = 512;
 // Floats of scratch it wants: the expanded tile, and 16 partial sums a result.
 inline constexpr int64_t kScratch = kTileRows * kTileColumns + kMaxResults * 16;
+// Keys that `max_sim` bounds together.
+inline constexpr int kSimKeys = 16;
 // Histogram bins of the two radix passes over 31 bits of magnitude.
 inline constexpr int64_t kHighBins = int64_t{1} << 15;
 inline constexpr int64_t kLowBins = int64_t{1} << 16;
@@ -67,7 +69,7 @@ struct Table {
   void (*mask_gradient)(float* grad, const uint32_t* mask, int64_t columns, int64_t words,
                         int64_t begin, int64_t end);
   // Whether `max_sim` gains from bytes, and the scores of entries begin..end; `scratch` holds one
-  // key.
+  // key in floats or kSimKeys of them in bytes.
   bool sim_bytes;
   void (*max_sim)(const MaxSim& stored, const SimQuery* queries, int64_t batch, int64_t begin,
                   int64_t end, float* scratch, float* scores);
@@ -89,6 +91,7 @@ extern const Table kPortableTable;
 extern const Table kAvx2Table;
 extern const Table kAvx512Table;
 extern const Table kAvx512Vbmi2Table;
+extern const Table kAmxTable;
 
 // The table in use.
 const Table& table();

@@ -2,7 +2,8 @@
 
 A fake tensor has a shape but no values: reading one (`.item()`, `bool`, `tolist`, a shape that
 depends on values) raises. So this shows on any machine where a card would have to be waited for.
-The one place that may look does so through a Glance, which has its own tests.
+The places that may look do so through a Glance, which has its own tests, or where
+`memory.looks.at_hand` says that nothing is waited for.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ def test_prefill_decode_and_scoring(
     known = lab.prompts(5, 8)
     patch(model, getattr(lab, kind)(model, known))
     monkeypatch.setattr("wise_ext.nn.route_state.Glance", Unlooked)
+    monkeypatch.setattr("wise_ext.memory.looks.at_hand", lambda values: False)
     router = patch_of(model).routing.router
     assert isinstance(router, nn.Module)
     ids, mask = lab.padded(known).values()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from wise_ext import ops
+from wise_ext.memory import looks
 from wise_ext.memory.relations import RelationMap, around
 from wise_ext.memory.token_keys import TokenMap
 
@@ -75,12 +76,15 @@ class PreparedKeys(NamedTuple):
         query = map_.keys(tokens, real)
         # an edit at the radius may tie with one above it
         scores = self._scores(query, radius - _TIE)
-        bests, rows = [], []
-        for _ in range(_CANDIDATES):  # of fewer, some are looked at again, in vain
+        best, row = _last_of_best(scores)
+        if looks.at_hand(best) and not bool((best > radius).any()):
+            return torch.full_like(row, -1)
+        bests, rows = [best], [row]
+        while len(rows) < _CANDIDATES:  # of fewer, some are looked at again, in vain
+            scores = scores.scatter(1, row.unsqueeze(1), -1.0)
             best, row = _last_of_best(scores)
             bests.append(best)
             rows.append(row)
-            scores = scores.scatter(1, row.unsqueeze(1), -1.0)
         others, likenesses = self._asked(tokens, query, real, torch.stack(rows, 1))
         found = torch.full_like(rows[0], -1)
         standing = torch.full_like(bests[0], -torch.inf)

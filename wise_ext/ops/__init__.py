@@ -131,9 +131,9 @@ def max_sim(
     Zaharia 2020, with weights). query fp32 [B, t, width], tokens no longer than 1: a zero one
     matches nothing, and one that is not finite makes all scores of its row NaN. keys int8
     [M, width] times scales fp32 [M], no longer than 1; places int32 [n, m], the rows of keys that
-    an entry consists of, -1 for none; weights fp32 [n, m] >= 0. A score that is not above `floor`
-    comes back as 0 and is not worked out: the heavier an entry's first tokens, the sooner it is
-    left out. No gradient.
+    an entry consists of, -1 for none; weights fp32 [n, m] >= 0, an entry's sum at most 1. A score
+    that is not above `floor` comes back as 0 and is not worked out: the heavier an entry's first
+    tokens, the sooner it is left out. No gradient.
     """
     result: Tensor = resolve("max_sim", query)(query.detach(), keys, scales, places, weights, floor)
     return result

@@ -3,8 +3,8 @@
 `wise_ext._C` is loaded once, when this module is first imported; a failure to load is kept and
 told to whoever asks for "native" by name. The choice falls from a table of capabilities, once for
 each op and device. The environment variable WISE_BACKEND (auto | native | triton | reference) sets
-the first choice, WISE_CPU_ISA (avx512vbmi2 | avx512 | avx2 | portable) the instruction set of the
-CPU kernels.
+the first choice, WISE_CPU_ISA (amx | avx512vbmi2 | avx512 | avx2 | portable) the instruction set
+of the CPU kernels.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from wise_ext.ops.capabilities import Facts, Provider, Selection
 from wise_ext.ops.schema import NAMESPACE, REFERENCE_NAMESPACE, SCHEMAS, TRITON_NAMESPACE
 
 Choice = Literal["auto", "native", "triton", "reference"]
-Isa = Literal["portable", "avx2", "avx512", "avx512vbmi2"]
+Isa = Literal["portable", "avx2", "avx512", "avx512vbmi2", "amx"]
 
 CHOICES: tuple[Choice, ...] = ("auto", "native", "triton", "reference")
-ISAS: tuple[Isa, ...] = ("portable", "avx2", "avx512", "avx512vbmi2")
+ISAS: tuple[Isa, ...] = ("portable", "avx2", "avx512", "avx512vbmi2", "amx")
 
 _CURES = {
     "native": (
