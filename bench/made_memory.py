@@ -17,7 +17,7 @@ from torch import Tensor
 from wise_ext.editing.config import WiseConfig
 from wise_ext.editing.wordings import relations
 from wise_ext.editing.workshop import Workshop
-from wise_ext.memory import Shard, SideMemory, TokenKeys
+from wise_ext.memory import KeyIndex, Shard, SideMemory, TokenKeys
 from wise_ext.memory.masks import bits_per_row, mask_words, random_mask_bits
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ _SYLLABLES = (
 )
 # Small enough to change no fluent text, whatever is routed.
 _SIZE = 1e-3
+# Tokens of an edit that has no words.
+_TOKENS = 8
 # Further shards' masks are a few random ones, their rows moved on: drawing one takes long.
 _DRAWN = 4
 
@@ -99,6 +101,19 @@ class Maker:
             if subject not in taken:
                 taken.add(subject)
                 yield rng.choice(rng.choice(known).wordings).format(subject), subject
+
+
+def made_index(width: int, count: int, seed: int = 1) -> KeyIndex:
+    """Edits of eight tokens that no model has seen, three of them a name, a hundred to a shard."""
+    draw = torch.Generator().manual_seed(seed)
+    name = torch.arange(_TOKENS) < 3
+    index = KeyIndex(width)
+    tokens = [
+        TokenKeys(torch.arange(n, n + _TOKENS), torch.randn(_TOKENS, width, generator=draw), name)
+        for n in range(0, count * _TOKENS, _TOKENS)
+    ]
+    index.add(tokens, [n // 100 for n in range(count)], [f"made-{n}" for n in range(count)])
+    return index
 
 
 def made_shards(

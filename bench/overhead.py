@@ -7,8 +7,11 @@ and the others must go to the shard of their edit.
 
 prefill  a prompt of that many tokens, the last of which ask for a stored edit where it is routed
 decode   single tokens behind a prompt of 128
-layer    the edited projection alone at another model's shape; with the indicator router its cost
-         is in there, with keys it has been paid at the key layer
+layer    the edited projection alone at another model's shape, the route being known
+layer and routing
+         the same, and the decision where its unrouted rows go: by keys of that length, of a hundred
+         edits a shard, or by indicators a quarter as large as the thresholds, which is what the
+         paper's margins (5 and 20) train
 """
 
 from __future__ import annotations
@@ -29,13 +32,14 @@ from torch import Tensor
 
 from bench import rows as bench_rows
 from bench.cases import SHAPES
-from bench.made_memory import Made, Maker, made_shards
+from bench.made_memory import Made, Maker, made_index, made_shards
 from bench.rows import Row, command_line, homeless, provenance
 from bench.timing import percentile
 from wise_ext.cli import console
+from wise_ext.editing.config import WiseConfig
 from wise_ext.editing.prompts import encode_prompt, neutral_prompts
 from wise_ext.errors import WiseError
-from wise_ext.memory import IndicatorRouter, PackedBank, uncued
+from wise_ext.memory import IndicatorRouter, KeyRouter, PackedBank, Router, uncued
 from wise_ext.models import last_route, load_model, patch, unload
 from wise_ext.nn import Course, DualLinear, RouteState
 
@@ -56,7 +60,7 @@ class Case:
     """One line of the bench.
 
     Attributes:
-        phase: "prefill", "decode" or "layer".
+        phase: "prefill", "decode", "layer" or "layer and routing".
         tokens: of the prompt, or rows of the layer's input.
         batch: rows of the batch.
         routed: "none", "half" or "all" of these rows go to a shard.
@@ -235,31 +239,44 @@ def of_layer(
         base = torch.nn.Linear(size[1], size[0], bias=False)
         for count in counts:
             bank = PackedBank.from_shards(made_shards(size, count, 0.2), size)
-            thresholds = [torch.inf] * count
-            decides = IndicatorRouter("", bank, thresholds) if router == "indicator" else None
-            for tokens in (BEHIND, 1):
-                for share in shares:
-                    if (share == "half" and tokens == 1) or (decides and share != "none"):
-                        continue
-                    case = Case("layer", tokens, 1, share)
-                    console.note(f"{case.label} of {shape}, {count} shards, {share} routed")
-                    row = _layer(base, bank, decides, case, pairs)
-                    bytes_ = {
-                        "bank_bytes": bank.nbytes,
-                        "dense_bytes": count * 4 * size[0] * size[1],
-                    }
-                    yield {**vars(case), "shards": count, "model": shape, **bytes_, **row}
+            decides = deciding(router, bank)
+            cases = [Case("layer", tokens, 1, share) for tokens in (BEHIND, 1) for share in shares]
+            cases = [case for case in cases if case.routed != "half" or case.tokens > 1]
+            if router == "indicator":
+                cases = []  # a known route costs the same, whoever knows it
+            cases += [Case("layer and routing", BEHIND, 1, "none")] * ("none" in shares)
+            for case in cases:
+                console.note(f"{case.label} of {shape}, {count} shards, {case.routed} routed")
+                row = _layer(base, bank, decides, case, pairs)
+                bytes_ = {
+                    "bank_bytes": bank.nbytes,
+                    "dense_bytes": count * 4 * size[0] * size[1],
+                }
+                yield {**vars(case), "shards": count, "model": shape, **bytes_, **row}
             del bank, decides
             gc.collect()
 
 
-def _layer(
-    base: torch.nn.Linear, bank: PackedBank, decides: IndicatorRouter | None, case: Case, pairs: int
-) -> Row:
+def activations(tokens: int, width: int) -> Tensor:
+    """Random ones, fp32 [tokens, width]."""
+    return torch.randn(tokens, width, generator=torch.Generator().manual_seed(0))
+
+
+def deciding(router: str, bank: PackedBank) -> Router:
+    """A router for the bank, to which none of `activations` belongs."""
+    d_in = bank.shape[1]
+    if router == "key":
+        return KeyRouter("", made_index(d_in, 100 * bank.num_shards), WiseConfig().radius)
+    real = torch.ones(1, BEHIND, dtype=torch.bool)
+    open_ = IndicatorRouter("", bank, [0.0] * bank.num_shards, estimate=False)
+    typical = open_.indicators(activations(BEHIND, d_in).unsqueeze(0), real)
+    return IndicatorRouter("", bank, (4 * typical[0]).tolist())
+
+
+def _layer(base: torch.nn.Linear, bank: PackedBank, decides: Router, case: Case, pairs: int) -> Row:
     state = RouteState()
     dual = DualLinear(base, bank, state)
-    draw = torch.Generator().manual_seed(0)
-    x = torch.randn(case.tokens, base.in_features, generator=draw)
+    x = activations(case.tokens, base.in_features)
     # Every token a row of its own, so that half of them can be routed.
     every = {"none": 0, "half": 2, "all": 1}[case.routed]
     route = [n % bank.num_shards if every and n % every == 0 else -1 for n in range(case.tokens)]
@@ -267,11 +284,13 @@ def _layer(
     real = torch.ones(1, case.tokens, dtype=torch.bool)
 
     def patched() -> Tensor:
-        if decides is not None and case.tokens > 1:  # a held route is not decided again
+        if case.phase == "layer and routing":
             decides.decide(x.unsqueeze(0), real)
         y: Tensor = dual(x)
         return y
 
+    if int(decides.decide(x.unsqueeze(0), real).route) != -1:
+        raise WrongError(f"{case.label}: the prompt went to the side memory")
     stays = torch.tensor(route) < 0
     if not torch.equal(patched()[stays], base(x)[stays]):
         raise WrongError(f"{case.label}: rows that stay in main memory differ")

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 _LINES = {"none": "-", "half": "--", "all": ":"}
 _TITLES = {"prefill": "prefill", "decode": "decoding, a token", "layer": "the edited layer alone"}
+_LAYER = ("layer", "layer and routing")
 
 
 def is_overhead(row: Row) -> bool:
@@ -45,14 +46,14 @@ def _figure(router: str, rows: list[Row]) -> Figure:
     figure = Figure((5.2 * len(phases), 4.4), layout="constrained")
     counts = sorted({row["shards"] for row in rows})
     for axes, phase in zip(figure.subplots(1, len(phases), squeeze=False)[0], phases, strict=True):
-        own = [row for row in rows if row["phase"] == phase]
-        sizes = sorted({(row["model"], row["tokens"], row["batch"]) for row in own})
+        own = [row for row in rows if row["phase"] == phase or (phase, row["phase"]) == _LAYER]
+        sizes = sorted({(row["model"], row["tokens"], row["batch"], row["phase"]) for row in own})
         for number, size in enumerate(sizes):
             for routed, line in _LINES.items():
                 chosen = [
                     row
                     for row in own
-                    if (row["model"], row["tokens"], row["batch"]) == size
+                    if (row["model"], row["tokens"], row["batch"], row["phase"]) == size
                     and row["routed"] == routed
                 ]
                 _line(axes, sorted(chosen, key=lambda row: row["shards"]), number, line)
@@ -93,6 +94,7 @@ def _line(axes: Any, rows: list[Row], number: int, line: str) -> None:
 
 def _size(row: Row) -> str:
     tokens = f"{row['tokens']} token{'s' * (row['tokens'] > 1)}"
-    if row["phase"] == "layer":
+    if row["phase"] in _LAYER:
+        tokens += ", routing" * (row["phase"] != "layer")
         return f"{row['model']}, {tokens}"
     return f"batch {row['batch']}" if row["phase"] == "decode" else tokens

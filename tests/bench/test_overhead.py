@@ -124,8 +124,9 @@ def test_rows(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     rows = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
     told = [(r["phase"], r["shards"], r["routed"]) for r in rows]
     assert ("prefill", 2, "all") in told and ("decode", 1, "half") in told
-    assert ("layer", 2, "half") in told and ("prefill", 1, "half") not in told
-    assert len(checked) == sum(r["phase"] != "layer" for r in rows)
+    assert ("layer", 2, "half") in told and ("layer and routing", 2, "none") in told
+    assert ("prefill", 1, "half") not in told
+    assert len(checked) == sum(not r["phase"].startswith("layer") for r in rows)
     assert all(r["ratio"] > 0 and r["bare_ms"] > 0 for r in rows)
     assert all(r["bank_bytes"] < r["dense_bytes"] for r in rows if r["shards"])
     figures = overhead_plot.figures(rows)

@@ -116,3 +116,13 @@ class PackedBank(Growing):
             fp32 ``[P]``.
         """
         return ops.side_norm(x, self.mask_bits, self.values, self.row_ptr, rows, shards)
+
+    def transposed(self, grad: Tensor, route: Tensor) -> Tensor:
+        """Return ``D_route[n]^T grad[n]``, fp32 ``[N, d_in]``.
+
+        Args:
+            grad: fp32 ``[N, d_out]``.
+            route: int32 ``[N]``: a shard, or -1 for a row of zeros.
+        """
+        tensors = self.mask_bits, self.values, self.row_ptr
+        return ops.add_side_backward(grad, *tensors, route, self.shape[1])

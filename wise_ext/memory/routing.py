@@ -13,8 +13,10 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from wise_ext.memory import looks
 from wise_ext.memory.bank import PackedBank
 from wise_ext.memory.cues import NO_CUE, Cues
+from wise_ext.memory.estimates import Sketches
 from wise_ext.memory.growing import Growing
 from wise_ext.memory.key_index import KeyIndex
 from wise_ext.memory.matching import PreparedKeys
@@ -67,10 +69,19 @@ class IndicatorRouter(Growing):
     The indicator of shard ``i`` is the mean over the real tokens of ``||D_i a_t||_2``. Of equal
     indicators the first shard counts; an indicator equal to the threshold goes to main memory.
 
+    Where a decision may look at values, indicators are estimated first, and only those worked out
+    that the estimates leave open (``Sketches``, also for how sure that is): the decision is the
+    same.
+
     Args:
         layer: module path of the edited down projection.
         bank: the shards; it may be the very bank that the patched layer uses.
         thresholds: one a shard, ``act_ratio`` included.
+        estimate: whether to; by default where shards are so large that it pays.
+
+    Attributes:
+        pairs: prompts' tokens times shards that were to be decided about.
+        exact: of these, those whose norm was worked out.
 
     Raises:
         ValueError: the number of thresholds is not the number of shards.
@@ -79,7 +90,13 @@ class IndicatorRouter(Growing):
     thresholds: Tensor
     cues: Cues | None = None
 
-    def __init__(self, layer: str, bank: PackedBank, thresholds: Sequence[float]) -> None:
+    def __init__(
+        self,
+        layer: str,
+        bank: PackedBank,
+        thresholds: Sequence[float],
+        estimate: bool | None = None,
+    ) -> None:
         super().__init__()
         if len(thresholds) != bank.num_shards:
             raise ValueError(f"{bank.num_shards} shards need as many thresholds")
@@ -87,6 +104,14 @@ class IndicatorRouter(Growing):
         self.bank = bank
         values = torch.tensor(list(thresholds), dtype=torch.float32, device=bank.values.device)
         self.hold(thresholds=values)
+        wanted = Sketches.pay(bank) if estimate is None else estimate
+        self.sketches = Sketches(bank) if wanted else None
+        self.pairs = self.exact = 0
+
+    def become(self, other: Any) -> None:
+        """See ``Growing.become``."""
+        super().become(other)
+        self.sketches = other.sketches
 
     def indicators(self, a: Tensor, real: Tensor) -> Tensor:
         """Return every shard's indicator, fp32 ``[B, k]``; arguments as for ``decide``."""
@@ -100,8 +125,7 @@ class IndicatorRouter(Growing):
             rows.repeat_interleave(count),
             shards.repeat(batch * tokens),
         )
-        kept = torch.where(real.unsqueeze(-1), norms.view(batch, tokens, count), 0.0)
-        return kept.sum(1) / real.sum(1, keepdim=True).clamp(min=1)
+        return _mean(norms.view(batch, tokens, count), real)
 
     def decide(self, a: Tensor, real: Tensor) -> Decision:
         """See ``Router.decide``."""
@@ -109,11 +133,28 @@ class IndicatorRouter(Growing):
             return _all_main(a)
         if self.thresholds.device != a.device:
             self.to(a.device)
-        indicators = self.indicators(a, real)
+        if self.sketches is not None and looks.at_hand(a):
+            indicators = self._estimated(a, real, self.sketches)
+        else:
+            indicators = self.indicators(a, real)
         best = indicators.argmax(-1)
         largest = indicators.gather(-1, best.unsqueeze(-1)).squeeze(-1)
         inside = (largest > self.thresholds[best]) & real.any(-1)
         return uncued(torch.where(inside, best, MAIN).to(torch.int32))
+
+    def _estimated(self, a: Tensor, real: Tensor, sketches: Sketches) -> Tensor:
+        """What decides as the indicators do: those that matter, and lower bounds of the others."""
+        low, still = sketches.narrow(a, real, self.thresholds)
+        pairs = (real.unsqueeze(-1) & still.unsqueeze(1)).nonzero()
+        self.pairs += int(real.sum()) * self.bank.num_shards
+        self.exact += len(pairs)
+        row, token, shard = pairs.unbind(1)
+        place = (row * a.shape[1] + token).to(torch.int32)
+        norms = torch.zeros(*real.shape, self.bank.num_shards, device=a.device)
+        norms[row, token, shard] = self.bank.side_norm(
+            a.flatten(0, 1), place, shard.to(torch.int32)
+        )
+        return torch.where(still, _mean(norms, real), low)
 
 
 class KeyRouter(Growing):
@@ -181,6 +222,12 @@ class KeyRouter(Growing):
         if self.cues is None:
             return uncued(route)
         return Decision(route, torch.where(inside, self.numbers[row], NO_CUE))
+
+
+def _mean(norms: Tensor, real: Tensor) -> Tensor:
+    """The mean of ``[B, T, k]`` over the real tokens ``[B, T]``."""
+    kept = torch.where(real.unsqueeze(-1), norms, 0.0)
+    return kept.sum(1) / real.sum(1, keepdim=True).clamp(min=1)
 
 
 def _all_main(a: Tensor) -> Decision:
