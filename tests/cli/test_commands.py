@@ -296,3 +296,30 @@ def test_demo_reaches_its_goals(run, tmp_path: Path) -> None:
     assert report["generalization"] >= 0.90
     assert report["locality"] >= 0.97
     assert report["generation"]["reliability"] >= 0.97
+
+
+def test_profile(
+    run, edited: tuple[Path, Any], model_dir: Path, edits_file: Path, tmp_path
+) -> None:
+    picture, numbers = tmp_path / "profile.png", tmp_path / "profile.json"
+    args = ("profile", model_dir, "--memory", edited[0], "--repeats", 3)
+    result = run(*args, "--tokens", 20, "--png", picture, "--json", numbers)
+    assert result.exit_code == 0, result.output
+    assert "20 tokens, answered by main" in result.stdout
+    assert "routing, in block 0" in result.stdout and "times as without" in result.stdout
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert json.loads(numbers.read_text("utf-8"))["tokens"] == 20
+    edit = read_edits(edits_file)[0]
+    result = run(*args, "--prompt", edit.prompt)
+    assert result.exit_code == 0, result.output
+    assert "answered by shard 0" in result.stdout and "side memory, in block" in result.stdout
+
+
+def test_profile_says_what_a_picture_needs(
+    run, edited: tuple[Path, Any], model_dir: Path, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    args = ("profile", model_dir, "--memory", edited[0], "--png", tmp_path / "p.png")
+    result = run(*args)
+    assert result.exit_code == 2 and "a picture needs matplotlib: pip install" in result.stderr
+    assert not (tmp_path / "p.png").exists()

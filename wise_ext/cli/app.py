@@ -13,6 +13,7 @@ from .evaluate import evaluate
 from .failures import CarefulGroup
 from .generate import generate
 from .info import info
+from .profile import profile
 from .stored import show, undo, verify
 
 app = typer.Typer(
@@ -46,6 +47,7 @@ def options(
 app.command("edit")(edit)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
+app.command("profile")(profile)
 app.command("show")(show)
 app.command("undo")(undo)
 app.command("verify")(verify)

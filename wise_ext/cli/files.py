@@ -46,16 +46,20 @@ def check_folder(path: Path, option: str) -> None:
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Write ``data`` under a temporary name, then give it its own: never half a file.
+    """Write ``data`` as JSON; see ``write_whole``."""
+    write_whole(path, (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write under a temporary name, then give it its own: never half a file.
 
     Raises:
         OSError: the disk is full or the folder not writable; what was there before is unharmed.
     """
-    text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         umask = os.umask(0)

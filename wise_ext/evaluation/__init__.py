@@ -2,6 +2,7 @@
 
 from .generation import generate_answers
 from .metrics import contains, normalise, same_text
+from .profiling import profile
 from .report import evaluate
 
 __all__ = [
@@ -9,5 +10,6 @@ __all__ = [
     "evaluate",
     "generate_answers",
     "normalise",
+    "profile",
     "same_text",
 ]
