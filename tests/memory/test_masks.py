@@ -7,7 +7,12 @@ from hypothesis import strategies as st
 
 from wise_ext.errors import ConfigError
 from wise_ext.memory import bits_to_bool, bool_to_bits, popcount, random_mask_bits, row_counts
-from wise_ext.memory.masks import bits_per_row, tail_is_zero
+from wise_ext.memory.masks import (
+    bits_per_row,
+    bits_to_columns,
+    columns_to_bits,
+    tail_is_zero,
+)
 from wise_ext.memory.randomness import BitStream
 
 GOLDEN = [[67404448, 142], [-1575941870, 32]]
@@ -43,6 +48,32 @@ def test_bits_and_bool_round_trip(d_out: int, d_in: int, seed: int) -> None:
     stacked = bool_to_bits(mask.expand(3, -1, -1))
     assert stacked.equal(bits.expand(3, -1, -1))
     assert bits_to_bool(stacked, d_in).equal(mask.expand(3, -1, -1))
+
+
+@given(*sizes, st.floats(0.0, 1.0), st.integers(0, 2**30))
+def test_bits_and_columns_round_trip(d_out: int, d_in: int, ratio: float, seed: int) -> None:
+    mask = torch.rand(d_out, d_in, generator=torch.Generator().manual_seed(seed)) < ratio
+    bits, row_ptr = bool_to_bits(mask), torch.zeros(d_out + 1, dtype=torch.int64)
+    row_ptr[1:] = mask.sum(1).cumsum(0)
+    columns = bits_to_columns(bits, d_in)
+    assert columns.dtype == torch.uint16
+    assert columns.tolist() == [
+        j for row in mask.tolist() for j, is_open in enumerate(row) if is_open
+    ]
+    assert columns_to_bits(columns, row_ptr, d_in).equal(bits)
+
+
+def test_columns_beyond_sixteen_bits() -> None:
+    widest = torch.zeros(1, 2048, dtype=torch.int32)
+    widest[0, -1] = -(2**31)
+    assert bits_to_columns(widest, 65536).tolist() == [65535]
+    assert columns_to_bits(
+        torch.tensor([65535], dtype=torch.uint16), torch.tensor([0, 1]), 65536
+    ).equal(widest)
+    with pytest.raises(ValueError, match="65537 columns have no 16-bit numbers"):
+        bits_to_columns(torch.zeros(1, 2049, dtype=torch.int32), 65537)
+    with pytest.raises(ValueError, match="row_ptr does not share out 1 columns"):
+        columns_to_bits(torch.zeros(1, dtype=torch.uint16), torch.tensor([0, 2]), 40)
 
 
 def test_mask_is_the_same_on_every_platform_and_version() -> None:

@@ -165,7 +165,9 @@ def test_state_that_does_not_fit(make_shard: MakeShard, draw: Draw) -> None:
         with pytest.raises(ValueError, match=match):
             SideMemory.from_state(tensors | named, meta | meta_changes)
 
-    broken("mask for 1 shards", {"shards": meta["shards"][:1]})
+    broken("thresholds must be fp64", {"shards": meta["shards"][:1]})
+    broken(r"sparse must be bool \[2\]", {}, bank__sparse=torch.zeros(3, dtype=torch.bool))
+    broken("mask for 1 shards", {}, bank__sparse=torch.tensor([True, False]))
     broken("thresholds must be fp64", {}, bank__thresholds=torch.zeros(2))
     broken("144 entries, got 143 values", {}, bank__values=tensors["bank.values"][1:])
     broken("number of mask bits", {}, bank__row_ptr=tensors["bank.row_ptr"].flip(0))
@@ -174,6 +176,26 @@ def test_state_that_does_not_fit(make_shard: MakeShard, draw: Draw) -> None:
     broken("none of the 2 shards", {}, key_index__shards=torch.tensor([0, -1], dtype=torch.int32))
     with pytest.raises(KeyError, match=r"bank\.row_ptr"):
         SideMemory.from_state({n: t for n, t in tensors.items() if n != "bank.row_ptr"}, meta)
+
+
+def test_columns_that_do_not_fit(draw: Draw) -> None:
+    bits = torch.zeros(6, 2, dtype=torch.int32)
+    bits[:, 0] = 0b101
+    memory = _memory([Shard.from_delta(draw(6, 40), bits)] * 2, None)
+    memory.shards[1] = Shard.from_delta(draw(6, 40), torch.full((6, 2), 255, dtype=torch.int32))
+    tensors, meta = memory.state_tensors(), memory.state_meta()
+    assert tensors["bank.columns"].tolist() == [0, 2] * 6 and len(tensors["bank.mask_bits"]) == 1
+
+    def broken(match: str, columns: list[int], dtype: torch.dtype = torch.uint16) -> None:
+        changed = {"bank.columns": torch.tensor(columns, dtype=dtype)}
+        with pytest.raises(ValueError, match=match):
+            SideMemory.from_state(tensors | changed, meta)
+
+    broken("11 columns for 12 entries", [0, 2] * 5 + [0])
+    broken("column 40 is none of 40", [0, 2] * 5 + [0, 40])
+    broken("the columns of a row do not ascend", [0, 2] * 5 + [2, 0])
+    broken("the columns of a row do not ascend", [0, 2] * 5 + [2, 2])
+    broken("columns must be uint16", [0, 2] * 6, torch.int32)
 
 
 def test_settings_that_contradict(draw: Draw) -> None:

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wise_ext.errors import StorageError
+from wise_ext.memory import Shard, random_mask_bits
 from wise_ext.storage import check_base, load_memory_dir, save_memory
 from wise_ext.storage import encoding as encoding_module
 from wise_ext.storage.commit import CONFIG, FILES, LEDGER, TENSORS
@@ -154,11 +155,11 @@ def test_messages_name_file_cause_and_cure(example: Any, tmp_path: Path) -> None
 def test_another_format_version_is_refused(
     example: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encoding_module, "FORMAT_VERSION", 5)
+    monkeypatch.setattr(encoding_module, "FORMAT_VERSION", 6)
     monkeypatch.setattr(encoding_module, "__version__", "9.9")
     example.save(tmp_path)
     monkeypatch.undo()
-    with pytest.raises(StorageError, match=r"format version 5, .* reads version 4: .*\(9\.9\)"):
+    with pytest.raises(StorageError, match=r"format version 6, .* reads version 5: .*\(9\.9\)"):
         load_memory_dir(tmp_path)
 
 
@@ -288,6 +289,60 @@ def test_tensors_lie_where_the_file_is_mapped(make_example: MakeExample, tmp_pat
     assert second.data_ptr() == first.data_ptr() + first.nbytes
     half = memory.bank(torch.bfloat16)
     assert half.values.equal(bank.values.bfloat16()) and memory.bank().values is bank.values
+
+
+def test_24_shards_take_a_quarter_of_as_many_dense_copies(
+    make_example: MakeExample, tmp_path: Path
+) -> None:
+    """At a density of .2, on disk and in memory; a second model adds nothing."""
+    shape, count = (64, 4096), 24
+    for dtype, most in ((torch.float32, 0.24), (torch.bfloat16, 0.27), (torch.float16, 0.27)):
+        example = make_example(shards=0)
+        shards = []
+        for seed in range(count):
+            bits = random_mask_bits(*shape, 0.2, seed)
+            delta = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+            shards.append(Shard.from_delta(delta, bits, seed=seed))
+        example.memory.shape, example.memory.shards = shape, shards
+        folder = tmp_path / str(dtype)
+        example.save(folder)
+        dense = count * shape[0] * shape[1] * dtype.itemsize
+        memory = load_memory_dir(folder).memory
+        bank, again = memory.bank(dtype), memory.bank(dtype)
+        keys = 0 if memory.key_index is None else memory.key_index.nbytes()
+        assert bank.values.data_ptr() == again.values.data_ptr()
+        assert bank.mask_bits.data_ptr() == again.mask_bits.data_ptr()
+        assert 0.2 * dense < bank.nbytes < most * dense < 0.28 * dense
+        assert 0.2 * dense < (folder / TENSORS).stat().st_size - keys < most * dense
+
+
+def test_sparse_shards_are_stored_by_their_columns(
+    make_example: MakeExample, tmp_path: Path
+) -> None:
+    """Beside dense ones, and each comes back as it was."""
+    sizes, shape = {}, (16, 1000)
+    for name, ratios in {
+        "mixed": (0.2, 0.02, 0.3, 0.01),
+        "sparse": (0.02,),
+        "dense": (0.2,),
+    }.items():
+        example = make_example(shards=0)
+        shards = []
+        for seed, ratio in enumerate(ratios):
+            bits = random_mask_bits(*shape, ratio, seed)
+            delta = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+            shards.append(Shard.from_delta(delta, bits, seed=seed))
+        example.memory.shape, example.memory.shards = shape, shards
+        example.save(tmp_path / name)
+        memory = load_memory_dir(tmp_path / name).memory
+        assert [shard.sparse for shard in memory.shards] == [ratio < 1 / 16 for ratio in ratios]
+        for before, after in zip(shards, memory.shards, strict=True):
+            assert after.mask_bits.equal(before.mask_bits) and after.values.equal(before.values)
+        stored = encoding_module.decode_tensors((tmp_path / name / TENSORS).read_bytes(), name)
+        sizes[name] = sum(stored[f"bank.{part}"].nbytes for part in ("mask_bits", "columns"))
+    bits = 16 * 32 * 4
+    assert sizes["dense"] == bits and sizes["sparse"] == 2 * 16 * 20
+    assert sizes["mixed"] == 2 * bits + 2 * 16 * (20 + 10)
 
 
 def test_a_mapped_file_outlives_a_save_over_it(make_example: MakeExample, tmp_path: Path) -> None:

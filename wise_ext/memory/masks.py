@@ -14,6 +14,8 @@ from torch import Tensor
 from wise_ext.errors import ConfigError
 from wise_ext.memory.randomness import BitStream
 
+#: columns that 16 bits can tell apart
+MOST_COLUMNS = 1 << 16
 _COLUMN_BITS = 24
 _CHUNK_ENTRIES = 1 << 20
 
@@ -102,6 +104,45 @@ def bits_to_bool(mask_bits: Tensor, d_in: int) -> Tensor:
     octets = mask_bits.contiguous().view(torch.uint8).unsqueeze(-1)
     shifts = torch.arange(8, dtype=torch.uint8, device=mask_bits.device)
     return ((octets >> shifts) & 1).flatten(-2)[..., :d_in].bool()
+
+
+def bits_to_columns(mask_bits: Tensor, d_in: int) -> Tensor:
+    """Name the open columns of every row, ascending: int32 ``[..., W]`` to uint16 ``[nnz]``.
+
+    Raises:
+        ValueError: as ``bits_to_bool``, or ``d_in`` is above 2**16.
+    """
+    if d_in > MOST_COLUMNS:
+        raise ValueError(f"{d_in} columns have no 16-bit numbers")
+    return bits_to_bool(mask_bits, d_in).flatten(0, -2).nonzero()[:, 1].to(torch.uint16)
+
+
+def columns_to_bits(columns: Tensor, row_ptr: Tensor, d_in: int) -> Tensor:
+    """Make a mask of the open columns of its rows.
+
+    Args:
+        columns: uint16 ``[nnz]``, ascending within each row.
+        row_ptr: int64 ``[rows + 1]``: where the columns of each row begin; starts at 0.
+        d_in: columns of the projection.
+
+    Returns:
+        int32 ``[rows, ceil(d_in / 32)]``.
+
+    Raises:
+        ValueError: the two do not fit each other, or a column is none of the projection's.
+    """
+    counts = row_ptr.diff()
+    if int(row_ptr[0]) != 0 or bool((counts < 0).any()) or int(row_ptr[-1]) != len(columns):
+        raise ValueError(f"row_ptr does not share out {len(columns)} columns")
+    wide = columns.to(torch.int64)
+    if len(wide) and int(wide.max()) >= d_in:
+        raise ValueError(f"column {int(wide.max())} is none of {d_in}")
+    row = torch.arange(len(counts)).repeat_interleave(counts)
+    if not bool(((row * d_in + wide).diff() > 0).all()):
+        raise ValueError("the columns of a row do not ascend")
+    mask = torch.zeros(len(counts), d_in, dtype=torch.bool)
+    mask[row, wide] = True
+    return bool_to_bits(mask)
 
 
 def row_counts(mask_bits: Tensor) -> Tensor:

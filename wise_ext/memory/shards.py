@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from wise_ext import ops
-from wise_ext.memory.masks import mask_words, row_counts, tail_is_zero
+from wise_ext.memory.masks import MOST_COLUMNS, mask_words, row_counts, tail_is_zero
 
 VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -82,6 +82,11 @@ class Shard:
     def density(self) -> float:
         """Share of the projection's entries that the mask opens."""
         return self.nnz / math.prod(self.shape)
+
+    @property
+    def sparse(self) -> bool:
+        """Whether 16-bit column numbers say where its entries are in fewer bytes than bits do."""
+        return self.d_in <= MOST_COLUMNS and 2 * self.nnz < self.mask_bits.nbytes
 
     def nbytes(self, dtype: torch.dtype | None = None) -> int:
         """Return the packed size in bytes with values of ``dtype`` (default: as they are)."""

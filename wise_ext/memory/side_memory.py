@@ -14,7 +14,7 @@ from wise_ext.errors import ConfigError
 from wise_ext.memory.bank import PackedBank
 from wise_ext.memory.cues import Cues
 from wise_ext.memory.key_index import KeyIndex
-from wise_ext.memory.masks import bool_to_bits
+from wise_ext.memory.masks import bits_to_columns, bool_to_bits, columns_to_bits, mask_words
 from wise_ext.memory.merging import DEFAULT_DENSITY, merge
 from wise_ext.memory.routing import IndicatorRouter, KeyRouter, Router
 from wise_ext.memory.shards import Shard, check_packed
@@ -211,12 +211,22 @@ class SideMemory:
         return kept.index(place)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Return all tensors by name: the bank, its thresholds (fp64) and the key index."""
+        """Return all tensors by name: the bank, its thresholds (fp64) and the key index.
+
+        Sparse shards are told by their columns (uint16), one after the other, the others by their
+        mask's bits.
+        """
         dtype = self.shards[0].values.dtype if self.shards else torch.float32
         bank = self.bank(dtype)
+        sparse = torch.tensor([shard.sparse for shard in self.shards], dtype=torch.bool)
+        columns = [
+            bits_to_columns(shard.mask_bits, shard.d_in) for shard in self.shards if shard.sparse
+        ]
         thresholds = torch.tensor([s.threshold for s in self.shards], dtype=torch.float64)
         tensors = {
-            f"{_BANK}mask_bits": bank.mask_bits,
+            f"{_BANK}mask_bits": bank.mask_bits[~sparse] if columns else bank.mask_bits,
+            f"{_BANK}columns": torch.cat([torch.zeros(0, dtype=torch.uint16), *columns]),
+            f"{_BANK}sparse": sparse,
             f"{_BANK}values": bank.values,
             f"{_BANK}row_ptr": bank.row_ptr,
             f"{_BANK}thresholds": thresholds,
@@ -250,14 +260,13 @@ class SideMemory:
                 is a ``KeyError``).
         """
         d_out, d_in = (int(size) for size in meta["shape"])
-        mask_bits, values, row_ptr, thresholds = (
-            tensors[_BANK + name] for name in ("mask_bits", "values", "row_ptr", "thresholds")
+        values, row_ptr, thresholds = (
+            tensors[_BANK + name] for name in ("values", "row_ptr", "thresholds")
         )
         entries = meta["shards"]
-        if mask_bits.dim() != 3 or mask_bits.shape[:2] != (len(entries), d_out):
-            raise ValueError(f"bank: {list(mask_bits.shape)} mask for {len(entries)} shards")
         if thresholds.dtype != torch.float64 or thresholds.shape != (len(entries),):
             raise ValueError(f"bank: thresholds must be fp64 [{len(entries)}]")
+        mask_bits = _masks_of(tensors, row_ptr, len(entries), d_out, d_in)
         check_packed(mask_bits, values, row_ptr, d_in)
         shards = []
         for index, entry in enumerate(entries):
@@ -301,6 +310,37 @@ class SideMemory:
             raise ValueError(
                 f"the shard holds {shard.values.dtype}, the memory {self.shards[0].values.dtype}"
             )
+
+
+def _masks_of(
+    tensors: Mapping[str, Tensor], row_ptr: Tensor, count: int, d_out: int, d_in: int
+) -> Tensor:
+    """The masks of all shards, int32 ``[count, d_out, W]``: as stored where that is what they are.
+
+    Raises:
+        ValueError: the parts do not fit.
+    """
+    stored, columns, sparse = (tensors[_BANK + n] for n in ("mask_bits", "columns", "sparse"))
+    if sparse.dtype != torch.bool or sparse.shape != (count,):
+        raise ValueError(f"bank: sparse must be bool [{count}]")
+    few = sparse.nonzero().flatten().tolist()
+    if stored.dim() != 3 or stored.shape[:2] != (count - len(few), d_out):
+        raise ValueError(f"bank: {list(stored.shape)} mask for {count - len(few)} shards")
+    if columns.dtype != torch.uint16 or columns.dim() != 1:
+        raise ValueError("bank: columns must be uint16 [nnz]")
+    if row_ptr.dtype != torch.int64 or row_ptr.shape != (count * d_out + 1,):
+        raise ValueError(f"bank: row_ptr must be int64 [{count * d_out + 1}]")
+    pointers = [row_ptr[place * d_out : (place + 1) * d_out + 1] for place in few]
+    sizes = [int(each[-1] - each[0]) for each in pointers]
+    if min(sizes, default=0) < 0 or sum(sizes) != len(columns):
+        raise ValueError(f"bank: {len(columns)} columns for {sum(sizes)} entries")
+    if not few:
+        return stored
+    masks = torch.empty(count, d_out, mask_words(d_in), dtype=torch.int32)
+    masks[~sparse] = stored
+    for place, rows, own in zip(few, pointers, columns.split(sizes), strict=True):
+        masks[place] = columns_to_bits(own, rows - rows[0], d_in)
+    return masks
 
 
 def _same(one: Sequence[Shard], other: Sequence[Shard]) -> bool:

@@ -22,7 +22,7 @@ from wise_ext.storage.commit import CONFIG, LEDGER, TENSORS
 from wise_ext.storage.files import Content, sha256
 
 FORMAT = "wise-ext-memory"
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 LEDGER_FIELDS = (
     "id",
     "prompt",
@@ -44,6 +44,7 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "I64": torch.int64,
     "I32": torch.int32,
+    "U16": torch.uint16,
     "I8": torch.int8,
     "BOOL": torch.bool,
 }
