@@ -17,12 +17,12 @@ layer and routing
 from __future__ import annotations
 
 import copy
-import gc
 import json as json_format
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,54 +32,24 @@ from torch import Tensor
 
 from bench import rows as bench_rows
 from bench.cases import SHAPES
-from bench.made_memory import Made, Maker, made_index, made_shards
+from bench.made_memory import Made, Maker
+from bench.overhead_case import BEHIND, Case, WrongError, in_pairs, memory_of
+from bench.overhead_layer import of_layer
+from bench.overhead_peer import PeerAdapters
+from bench.overhead_peer import check as peer_answers
+from bench.peer_easyedit import PeerError, commit_of
 from bench.rows import Row, command_line, homeless, provenance
-from bench.timing import percentile
 from wise_ext.cli import console
-from wise_ext.editing.config import WiseConfig
 from wise_ext.editing.prompts import encode_prompt, neutral_prompts
 from wise_ext.errors import WiseError
-from wise_ext.memory import IndicatorRouter, KeyRouter, PackedBank, Router, uncued
+from wise_ext.memory import SideMemory
 from wise_ext.models import last_route, load_model, patch, unload
-from wise_ext.nn import Course, DualLinear, RouteState
+from wise_ext.storage import load_memory_dir, save_memory
 
 RESULTS = Path(__file__).with_name("results") / "overhead.jsonl"
 ROUTED = ("none", "half", "all")
 ROUTERS = ("key", "indicator")
-#: tokens of the prompt before those that are decoded
-BEHIND = 128
 _COLUMNS = ("what", "router", "shards", "routed", "over bare", "p20-p80", "bare ms")
-
-
-class WrongError(Exception):
-    """What is about to be timed does not do what it should."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """One line of the bench.
-
-    Attributes:
-        phase: "prefill", "decode", "layer" or "layer and routing".
-        tokens: of the prompt, or rows of the layer's input.
-        batch: rows of the batch.
-        routed: "none", "half" or "all" of these rows go to a shard.
-    """
-
-    phase: str
-    tokens: int
-    batch: int
-    routed: str
-
-    @property
-    def label(self) -> str:
-        """The case in words."""
-        return f"{self.phase} {self.tokens} x {self.batch}"
-
-    def shares(self) -> list[bool]:
-        """Which rows of the batch are to be routed."""
-        every = {"none": 0, "half": 2, "all": 1}[self.routed]
-        return [bool(every) and row % every == 0 for row in range(self.batch)]
 
 
 def main(
@@ -93,6 +63,9 @@ def main(
     pairs: Annotated[int, typer.Option(min=3, help="Timings of each side.")] = 21,
     model: Annotated[str, typer.Option(help="As wise_ext.load_model takes it.")] = "smollm2",
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 1,
+    easyedit: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A clone whose adapter is measured, too.")
+    ] = None,
     json: Annotated[Path, typer.Option(metavar="FILE", help="Append the rows there.")] = RESULTS,
 ) -> None:
     """Prefill, decoding and the layer alone, patched over bare."""
@@ -118,11 +91,16 @@ def main(
                 for row in of_model(model, router, counts, cases, pairs):
                     found.append({**row, **common})
                     _publish(json, found[-1])
+                if easyedit is not None:
+                    peers = PeerAdapters(easyedit)
+                    for row in of_peer(peers, model, counts, cases, pairs):
+                        found.append({**common, **row, "peer": commit_of(easyedit)})
+                        _publish(json, found[-1])
             if only != "model":
                 for row in of_layer(layer or ["llama-3-8b"], router, counts, shares, pairs):
                     found.append({**row, **common})
                     _publish(json, found[-1])
-    except (WiseError, WrongError) as error:
+    except (WiseError, WrongError, PeerError) as error:
         console.complain(str(error))
         raise typer.Exit(1) from error
     right = _COLUMNS[2:]
@@ -141,7 +119,7 @@ def of_model(
     maker = Maker(model, tokenizer, router)
     for count in counts:
         made = maker.make(count)
-        began, before = time.perf_counter(), _resident()
+        began, before = time.perf_counter(), memory_of("VmRSS")
         patch(model, made.memory)
         loaded = time.perf_counter() - began
         size = {
@@ -151,18 +129,47 @@ def of_model(
             "key_bytes": 0 if made.memory.key_index is None else made.memory.key_index.nbytes(),
             "dense_bytes": count * made.memory.shape[0] * made.memory.shape[1] * 4,
             "patch_seconds": loaded,
-            "patch_resident": _resident() - before,
+            "patch_resident": memory_of("VmRSS") - before,
+            "load_seconds": load_seconds(made.memory),
             "model": homeless(name),
         }
         for case in cases:
             if router == "indicator" and case.routed != "none":
                 continue  # made-up deltas know no edits
             console.note(f"{case.label}, {count} shards, {case.routed} routed")
-            ids = prompts(case, made, tokenizer)
-            check(model, bare, ids, case, made)
+            ids = asked(model, bare, case, made, tokenizer)
             measured = _prefill if case.phase == "prefill" else _decode
             yield {**vars(case), **size, **measured(model, bare, ids, pairs)}
         unload(model)
+
+
+def load_seconds(memory: SideMemory) -> float:
+    """Seconds that it takes to read a saved memory, the shards of which are mapped."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_memory(folder, memory, {}, [], {"name": "made", "fingerprint": ""})
+        began = time.perf_counter()
+        load_memory_dir(folder)
+        return time.perf_counter() - began
+
+
+def of_peer(
+    peers: PeerAdapters, name: str, counts: list[int], cases: list[Case], pairs: int
+) -> Iterator[Row]:
+    """The same with EasyEdit's adapter, which takes one row at a time and decides at every pass."""
+    model, tokenizer = load_model(name, "fp32", "cpu")
+    bare, layer = twin(model), Maker(model, tokenizer).make(0).memory.layer
+    for count in counts:
+        for case in cases:
+            if case.batch > 1 or case.routed == "half":
+                continue
+            console.note(f"EasyEdit: {case.label}, {count} memories, {case.routed} routed")
+            ids = prompts(replace(case, routed="none"), (), tokenizer)
+            with peers.attached(model, layer, count, case.routed == "all"):
+                if not peer_answers(model, bare, ids, case.routed == "all"):
+                    raise WrongError(f"EasyEdit, {case.label}: went the wrong way")
+                measured = _prefill if case.phase == "prefill" else _decode
+                size = {"shards": count, "model": homeless(name), "router": "easyedit"}
+                yield {**vars(case), **size, **measured(model, bare, ids, pairs)}
 
 
 def twin(model: Any) -> Any:
@@ -171,21 +178,39 @@ def twin(model: Any) -> Any:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
-def prompts(case: Case, made: Made, tokenizer: Any) -> Tensor:
+def asked(model: Any, bare: Any, case: Case, made: Made, tokenizer: Any) -> Tensor:
+    """Prompts that go where they should: now and then a made-up name is like the text at hand.
+
+    Raises:
+        WrongError: none of some places in the text will do, or a row is answered wrongly.
+    """
+    for start in range(0, 320, 40):
+        ids = prompts(case, made.prompts, tokenizer, start)
+        model(input_ids=ids)
+        astray = wrong_route(last_route(model), case, made)
+        if not astray:
+            check(model, bare, ids, case, made)
+            return ids
+    raise WrongError(astray)
+
+
+def prompts(case: Case, questions: Sequence[str], tokenizer: Any, start: int = 0) -> Tensor:
     """Token ids [batch, tokens]: neutral text, and at its end, where a row is to be routed, the
     question of a stored edit."""
     filler = encode_prompt(tokenizer, " ".join(neutral_prompts()))
-    filler *= -(-case.tokens // len(filler))
+    filler = (filler[start:] + filler[:start]) * -(-(case.tokens + case.batch) // len(filler))
     found = []
     for row, chosen in enumerate(case.shares()):
-        asked = encode_prompt(tokenizer, "\n" + made.prompts[_place(row, made)]) if chosen else []
+        asked = []
+        if chosen:
+            asked = encode_prompt(tokenizer, "\n" + questions[_place(row, len(questions))])
         found.append([*filler[row : row + case.tokens - len(asked)], *asked][-case.tokens :])
     return torch.tensor(found)
 
 
-def _place(row: int, made: Made) -> int:
+def _place(row: int, edits: int) -> int:
     """The edit that a row asks for: all over the memory."""
-    return (row * 37 + 11) % len(made.prompts)
+    return (row * 37 + 11) % edits
 
 
 def check(model: Any, bare: Any, ids: Tensor, case: Case, made: Made) -> None:
@@ -195,17 +220,25 @@ def check(model: Any, bare: Any, ids: Tensor, case: Case, made: Made) -> None:
         WrongError: they do not.
     """
     patched, plain = model(input_ids=ids).logits, bare(input_ids=ids).logits
-    routes = last_route(model)
-    assert routes is not None
+    astray = wrong_route(last_route(model), case, made)
+    if astray:
+        raise WrongError(astray)
     for row, chosen in enumerate(case.shares()):
-        edit = f"made-{_place(row, made)}"
-        wanted = made.memory.shard_of(edit) if chosen else -1
-        if int(routes[row]) != wanted:
-            raise WrongError(f"{case.label}: row {row} went to {int(routes[row])}, not {wanted}")
         if not chosen and not torch.equal(patched[row], plain[row]):
             raise WrongError(f"{case.label}: row {row} is not what the bare model says")
         if chosen and torch.equal(patched[row], plain[row]):
             raise WrongError(f"{case.label}: row {row} is what the bare model says")
+
+
+def wrong_route(routes: Tensor | None, case: Case, made: Made) -> str:
+    """Which row went elsewhere than it should, if any."""
+    for row, chosen in enumerate(case.shares()):
+        edit = f"made-{_place(row, len(made.prompts))}"
+        wanted = made.memory.shard_of(edit) if chosen else -1
+        if routes is None or int(routes[row]) != wanted:
+            went = "nowhere" if routes is None else int(routes[row])
+            return f"{case.label}: row {row} went to {went}, not {wanted}"
+    return ""
 
 
 def _prefill(model: Any, bare: Any, ids: Tensor, pairs: int) -> Row:
@@ -225,108 +258,6 @@ def _decode(model: Any, bare: Any, ids: Tensor, pairs: int) -> Row:
 
     # A token is soon written: more of them for a steady median.
     return in_pairs(of(model), of(bare), 4 * pairs)
-
-
-# -- the layer alone -------------------------------------------------------------------------------
-
-
-def of_layer(
-    shapes: list[str], router: str, counts: list[int], shares: list[str], pairs: int
-) -> Iterator[Row]:
-    """The edited projection alone, 128 tokens and one, random activations."""
-    for shape in shapes:
-        size = SHAPES[shape]
-        base = torch.nn.Linear(size[1], size[0], bias=False)
-        for count in counts:
-            bank = PackedBank.from_shards(made_shards(size, count, 0.2), size)
-            decides = deciding(router, bank)
-            cases = [Case("layer", tokens, 1, share) for tokens in (BEHIND, 1) for share in shares]
-            cases = [case for case in cases if case.routed != "half" or case.tokens > 1]
-            if router == "indicator":
-                cases = []  # a known route costs the same, whoever knows it
-            cases += [Case("layer and routing", BEHIND, 1, "none")] * ("none" in shares)
-            for case in cases:
-                console.note(f"{case.label} of {shape}, {count} shards, {case.routed} routed")
-                row = _layer(base, bank, decides, case, pairs)
-                bytes_ = {
-                    "bank_bytes": bank.nbytes,
-                    "dense_bytes": count * 4 * size[0] * size[1],
-                }
-                yield {**vars(case), "shards": count, "model": shape, **bytes_, **row}
-            del bank, decides
-            gc.collect()
-
-
-def activations(tokens: int, width: int) -> Tensor:
-    """Random ones, fp32 [tokens, width]."""
-    return torch.randn(tokens, width, generator=torch.Generator().manual_seed(0))
-
-
-def deciding(router: str, bank: PackedBank) -> Router:
-    """A router for the bank, to which none of `activations` belongs."""
-    d_in = bank.shape[1]
-    if router == "key":
-        return KeyRouter("", made_index(d_in, 100 * bank.num_shards), WiseConfig().radius)
-    real = torch.ones(1, BEHIND, dtype=torch.bool)
-    open_ = IndicatorRouter("", bank, [0.0] * bank.num_shards, estimate=False)
-    typical = open_.indicators(activations(BEHIND, d_in).unsqueeze(0), real)
-    return IndicatorRouter("", bank, (4 * typical[0]).tolist())
-
-
-def _layer(base: torch.nn.Linear, bank: PackedBank, decides: Router, case: Case, pairs: int) -> Row:
-    state = RouteState()
-    dual = DualLinear(base, bank, state)
-    x = activations(case.tokens, base.in_features)
-    # Every token a row of its own, so that half of them can be routed.
-    every = {"none": 0, "half": 2, "all": 1}[case.routed]
-    route = [n % bank.num_shards if every and n % every == 0 else -1 for n in range(case.tokens)]
-    state.settle(Course(uncued(torch.tensor(route, dtype=torch.int32)), None))
-    real = torch.ones(1, case.tokens, dtype=torch.bool)
-
-    def patched() -> Tensor:
-        if case.phase == "layer and routing":
-            decides.decide(x.unsqueeze(0), real)
-        y: Tensor = dual(x)
-        return y
-
-    if int(decides.decide(x.unsqueeze(0), real).route) != -1:
-        raise WrongError(f"{case.label}: the prompt went to the side memory")
-    stays = torch.tensor(route) < 0
-    if not torch.equal(patched()[stays], base(x)[stays]):
-        raise WrongError(f"{case.label}: rows that stay in main memory differ")
-    return in_pairs(patched, lambda: base(x), pairs)
-
-
-# -- clocks ----------------------------------------------------------------------------------------
-
-
-def in_pairs(one: Callable[[], Any], other: Callable[[], Any], pairs: int) -> Row:
-    """Both, in turns; the median of the ratios, and between what the middle three fifths lie."""
-    now = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    spent: dict[bool, list[float]] = {True: [], False: []}
-    gc.collect()
-    for number in range(pairs + 1):  # the first pair warms up
-        for first in (True, False) if number % 2 else (False, True):
-            began = now()
-            (one if first else other)()
-            if number:
-                spent[first].append(now() - began)
-    ratios = [a / b for a, b in zip(spent[True], spent[False], strict=True)]
-    return {
-        "ratio": percentile(ratios, 0.5),
-        "ratio_low": percentile(ratios, 0.2),
-        "ratio_high": percentile(ratios, 0.8),
-        "bare_ms": percentile(spent[False], 0.5) * 1e3,
-    }
-
-
-def _resident() -> int:
-    """Bytes of this process in memory; 0 where the system does not say."""
-    try:
-        text = Path("/proc/self/statm").read_text(encoding="ascii")
-    except OSError:
-        return 0
-    return int(text.split()[1]) * 4096
 
 
 def _publish(file: Path, row: Row) -> None:

@@ -114,6 +114,34 @@ def apply_wise_to_model(model, tok, requests, hparams):
 """
 
 
+WISE = """
+import torch
+from torch.nn import functional as F
+
+
+class EditingMeanAct:
+    def __init__(self, min_a=1e9):
+        self.min_a = min_a
+
+
+class WISEAdapter(torch.nn.Module):
+    def __init__(self, config, layer, transpose):
+        super().__init__()
+        assert not layer.weight.requires_grad and transpose and config.retrieve
+        self.original_layer, self.hidden_act = layer, config.hidden_act
+
+    def forward(self, a):
+        out = base = self.original_layer(a)
+        largest = 0.0
+        for weight, act in zip(self.memory_weight, self.memory_mean_act, strict=True):
+            side = F.linear(a, weight)
+            size = float((side - base).norm(dim=-1).mean())
+            if size > max(largest, act.min_a):
+                out, largest = side, size
+        return out
+"""
+
+
 def write(folder: Path) -> Path:
     """Make the folder; returns it."""
     files = {
@@ -122,7 +150,7 @@ def write(folder: Path) -> Path:
         "easyeditor/util/__init__.py": PACKAGE_INIT,
         "easyeditor/util/hparams.py": HPARAMS_BASE,
         "easyeditor/models/wise/__init__.py": "",
-        "easyeditor/models/wise/WISE.py": "",
+        "easyeditor/models/wise/WISE.py": WISE,
         "easyeditor/models/wise/utils.py": UTILS,
         "easyeditor/models/wise/wise_hparams.py": HPARAMS,
         "easyeditor/models/wise/wise_main.py": MAIN,

@@ -14,7 +14,9 @@ from typer.testing import CliRunner
 
 from bench import overhead, overhead_plot
 from bench.made_memory import Made, Maker, made_shards
-from wise_ext.models import is_patched, load_model, patch, unload
+from bench.overhead_peer import PeerAdapters, check
+from tests.bench import fake_easyedit
+from wise_ext.models import is_patched, layer_path, load_model, patch, unload
 
 
 @pytest.fixture
@@ -78,7 +80,7 @@ def test_the_check_knows_where_rows_should_go(
 ) -> None:
     model, tokenizer = tiny
     bare, case = overhead.twin(model), overhead.Case("prefill", 40, 4, routed)
-    ids = overhead.prompts(case, made, tokenizer)
+    ids = overhead.prompts(case, made.prompts, tokenizer)
     assert ids.shape == (4, 40)
     patch(model, made.memory)
     with torch.no_grad():
@@ -91,7 +93,7 @@ def test_the_check_knows_where_rows_should_go(
 def test_the_check_sees_a_bit(tiny: tuple[Any, Any], made: Made) -> None:
     model, tokenizer = tiny
     bare, case = overhead.twin(model), overhead.Case("prefill", 20, 1, "none")
-    ids = overhead.prompts(case, made, tokenizer)
+    ids = overhead.prompts(case, made.prompts, tokenizer)
     patch(model, made.memory)
     bare.get_output_embeddings().weight = torch.nn.Parameter(
         bare.get_output_embeddings().weight * (1 + 1e-6)
@@ -118,6 +120,7 @@ def test_rows(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(overhead, "Maker", partial(Maker, shard_size=3))
     # Of a random model's prompts not all find their edit; that they are checked is tested above.
     checked = []
+    monkeypatch.setattr(overhead, "wrong_route", lambda *_: "")
     monkeypatch.setattr(overhead, "check", lambda *given: checked.append(given))
     code, text = command(*options)
     assert code == 0, text
@@ -142,6 +145,47 @@ def test_the_indicator_router_is_measured_where_nothing_is_routed(
     assert code == 0, text
     rows = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
     assert {r["routed"] for r in rows} == {"none"} and {r["router"] for r in rows} == {"indicator"}
+
+
+def test_easyedits_adapter_is_measured_beside(model_dir: Path, tmp_path: Path) -> None:
+    out, clone = tmp_path / "rows.jsonl", fake_easyedit.write(tmp_path / "clone")
+    options: list[object] = ["--model", model_dir, "--json", out, "--pairs", 3, "--only", "model"]
+    options += ["--shards", 2, "--prefill", 20, "--decode", 1, "--routed", "none"]
+    code, text = command(*options, "--easyedit", clone)
+    assert code == 0, text
+    rows = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
+    theirs = [row for row in rows if row["router"] == "easyedit"]
+    assert [(row["phase"], row["shards"]) for row in theirs] == [("prefill", 2), ("decode", 2)]
+    assert {"overhead-key", "overhead-easyedit"} == set(overhead_plot.figures(rows))
+    code, text = command(*options, "--easyedit", tmp_path)
+    assert code == 1 and "name the folder of a clone" in text
+
+
+def test_an_adapter_goes_where_its_thresholds_say(tiny: tuple[Any, Any], tmp_path: Path) -> None:
+    model, _ = tiny
+    bare, layer = overhead.twin(model), layer_path(model)
+    base, ids = model.get_submodule(layer), torch.tensor([[5, 6, 7]])
+    peers = PeerAdapters(fake_easyedit.write(tmp_path))
+    for routed in (False, True):
+        with peers.attached(model, layer, 3, routed):
+            assert model.get_submodule(layer) is not base
+            assert check(model, bare, ids, routed) and not check(model, bare, ids, not routed)
+        assert model.get_submodule(layer) is base
+
+
+def test_a_prompt_that_goes_astray_is_replaced(
+    tiny: tuple[Any, Any], made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = tiny
+    bare, case = overhead.twin(model), overhead.Case("prefill", 20, 1, "none")
+    patch(model, made.memory)
+    said = iter(["row 0 went to 1, not -1", "row 0 went to 0, not -1", ""])
+    monkeypatch.setattr(overhead, "wrong_route", lambda *_: next(said, ""))
+    ids = overhead.asked(model, bare, case, made, tokenizer)
+    assert torch.equal(ids, overhead.prompts(case, made.prompts, tokenizer, start=80))
+    monkeypatch.setattr(overhead, "wrong_route", lambda *_: "row 0 went to 1, not -1")
+    with pytest.raises(overhead.WrongError, match="row 0 went to 1"):
+        overhead.asked(model, bare, case, made, tokenizer)
 
 
 @pytest.mark.parametrize(
