@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +31,7 @@ class PeerAdapters:
 
     def __init__(self, clone: Path) -> None:
         code = peer_easyedit.load(clone)
-        module = sys.modules[code.main.__name__.rpartition(".")[0] + ".WISE"]
+        module = importlib.import_module(code.main.__name__.rpartition(".")[0] + ".WISE")
         for wanted in ("WISEAdapter", "EditingMeanAct"):
             if not hasattr(module, wanted):
                 raise PeerError(f"WISE.py of {clone} has no {wanted}: check out commit 14cea82")
