@@ -323,3 +323,25 @@ def test_profile_says_what_a_picture_needs(
     result = run(*args)
     assert result.exit_code == 2 and "a picture needs matplotlib: pip install" in result.stderr
     assert not (tmp_path / "p.png").exists()
+
+
+def test_values_in_bytes(
+    run, edited: tuple[Path, Any], model_dir: Path, edits_file: Path, tmp_path
+) -> None:
+    folder = tmp_path / "memory"
+    result = run("edit", model_dir, edits_file, "--out", folder, "--stored", "int8")
+    assert result.exit_code == 0, result.output
+    assert "values are stored in 8 bits, which puts them off by 0." in result.stdout
+    (small, exact), file = (folder, edited[0]), "side_memory.safetensors"
+    memory, other = load_memory_dir(small).memory, load_memory_dir(exact).memory
+    saved = sum(shard.nnz for shard in memory.shards) * 3
+    assert (exact / file).stat().st_size - (small / file).stat().st_size > 0.9 * saved
+    for one, two in zip(memory.shards, other.shards, strict=True):
+        assert (one.values - two.values).abs().max() < 0.01 * two.values.abs().max()
+    edit = read_edits(edits_file)[0]
+    result = run("generate", model_dir, "--memory", small, "--prompt", edit.prompt)
+    assert result.stdout.splitlines() == [edit.prompt, edit.target_new]
+    before = (small / file).read_bytes()
+    assert run("undo", small, "--edit", edit.id, "--model", model_dir).exit_code == 0
+    assert load_memory_dir(small).memory.stored == "int8" and (small / file).read_bytes() != before
+    assert run("verify", small).exit_code == 0

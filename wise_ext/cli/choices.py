@@ -30,6 +30,13 @@ class RouterKind(StrEnum):
     indicator = "indicator"
 
 
+class StoredKind(StrEnum):
+    """What the values of shards are rounded to on disk."""
+
+    exact = "exact"
+    int8 = "int8"
+
+
 ModelArgument = Annotated[
     str,
     typer.Argument(

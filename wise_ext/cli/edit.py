@@ -20,6 +20,7 @@ from .choices import (
     OffsetOption,
     Preset,
     RouterKind,
+    StoredKind,
     Variant,
 )
 from .console import note, number_of, say, size_name
@@ -65,6 +66,9 @@ def edit(
             "--layer", help="auto, a block's number, or the dotted path of a down projection."
         ),
     ] = "auto",
+    stored: Annotated[
+        StoredKind, typer.Option("--stored", help="Values as they are, or a third of the size.")
+    ] = StoredKind.exact,
     chat: Annotated[
         bool, typer.Option("--chat", help="Put prompts into the model's chat template.")
     ] = False,
@@ -91,6 +95,7 @@ def edit(
         "shard_size": shard_size,
         "router": router and router.value,
         "chat_template": chat or None,
+        "stored": stored.value,
     }
     config = WiseConfig.preset(
         preset.value,
@@ -151,4 +156,6 @@ def _print(report: EditReport, out: Path) -> None:
         f"({report.seconds / max(report.edits, 1):.2f} s an edit, {report.iterations} iterations), "
         f"{number_of(report.shards, 'shard')}, {size_name(report.memory_bytes)}"
     )
+    if report.rounding:
+        say(f"values are stored in 8 bits, which puts them off by {report.rounding:.2%}")
     say(f"saved in {out}", style="green")

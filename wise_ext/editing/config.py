@@ -14,6 +14,7 @@ _CHOICES = {
     "variant": ("retrieve", "merge"),
     "optimizer": ("adam", "sgd"),
     "merge_method": tuple(METHODS),
+    "stored": ("exact", "int8"),
 }
 
 
@@ -66,6 +67,8 @@ class WiseConfig:
             the size of the edited projection's output on neutral text.
         act_ratio: a shard's threshold is the smallest indicator of its edits times this.
         chat_template: put prompts into the tokenizer's chat template.
+        stored: ``"exact"``, or ``"int8"``: the values of shards are rounded to 8 bits and a scale a
+            row when they are saved, to a third of the size; what is loaded computes as before.
         seed: of masks, contexts and draws. Same seed, same machine: same bytes.
 
     Raises:
@@ -107,6 +110,7 @@ class WiseConfig:
     gamma: float | None = None
     act_ratio: float = 0.88
     chat_template: bool = False
+    stored: str = "exact"
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -161,6 +161,7 @@ class Editor:
             memory_bytes=self.memory.nbytes(),
             conflicts=[pair for pair in conflicts if pair[1] in {e.id for e in edits}],
             unconverged=[e["id"] for e in new if e["shard"] is not None and not e["converged"]],
+            rounding=self.memory.rounding(),
         )
 
     def save(self, directory: str | Path) -> None:

@@ -23,6 +23,7 @@ class EditReport:
         memory_bytes: their packed size as trained (fp32 values).
         conflicts: pairs (older id, newer id) of one prompt with two targets; the newer wins.
         unconverged: edits that ran out of iterations before all their labels were greedy.
+        rounding: by how much saving puts the values off (``stored="int8"``), relatively.
     """
 
     edits: int
@@ -33,6 +34,7 @@ class EditReport:
     memory_bytes: int
     conflicts: list[tuple[str, str]]
     unconverged: list[str]
+    rounding: float = 0.0
 
 
 def edit_of(entry: dict[str, Any]) -> Edit:

@@ -68,6 +68,7 @@ class Workshop:
             variant=self._config.variant,
             lead=self._config.lead,
             cue=self._cue,
+            stored=self._config.stored,
         )
 
 

@@ -11,17 +11,18 @@ import torch
 from torch import Tensor
 
 from wise_ext.errors import ConfigError
+from wise_ext.memory import bank_form
 from wise_ext.memory.bank import PackedBank
 from wise_ext.memory.cues import Cues
 from wise_ext.memory.key_index import KeyIndex
-from wise_ext.memory.masks import bits_to_columns, bool_to_bits, columns_to_bits, mask_words
+from wise_ext.memory.masks import bool_to_bits
 from wise_ext.memory.merging import DEFAULT_DENSITY, merge
 from wise_ext.memory.routing import IndicatorRouter, KeyRouter, Router
-from wise_ext.memory.shards import Shard, check_packed
+from wise_ext.memory.shards import Shard
 
 ROUTINGS = ("key", "indicator")
 VARIANTS = ("retrieve", "merge")
-_BANK = "bank."
+STORED = ("exact", "int8")
 _KEYS = "key_index."
 
 
@@ -49,9 +50,10 @@ class SideMemory:
         lead: see ``KeyRouter``.
         cue: size of the cue that enters a shard with a prompt's edit (``cues.Cues``); 0 for none.
         variant: ``"retrieve"`` (shards stay apart) or ``"merge"`` (full ones are merged).
+        stored: ``"exact"`` or ``"int8"``: what the shards' values are rounded to on disk.
 
     Raises:
-        ConfigError: routing or variant unknown, or key routing without layer and index.
+        ConfigError: routing, variant or stored unknown, or key routing without layer and index.
         ValueError: a shard of another shape or dtype than the rest.
     """
 
@@ -65,6 +67,7 @@ class SideMemory:
     variant: str = "retrieve"
     lead: float = 3.0
     cue: float = 0.0
+    stored: str = "exact"
     _packed: dict[torch.dtype, _Packed] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -72,6 +75,8 @@ class SideMemory:
             raise ConfigError(f"unknown router {self.routing!r}: choose one of {ROUTINGS}")
         if self.variant not in VARIANTS:
             raise ConfigError(f"unknown variant {self.variant!r}: choose one of {VARIANTS}")
+        if self.stored not in STORED:
+            raise ConfigError(f"stored is {self.stored!r}: choose one of {STORED}")
         if self.routing == "key" and (self.key_layer is None or self.key_index is None):
             raise ConfigError("key routing needs key_layer and key_index")
         if not math.isfinite(self.radius):
@@ -92,6 +97,16 @@ class SideMemory:
     def nbytes(self, dtype: torch.dtype | None = None) -> int:
         """Return the packed size of all shards in bytes, with values of ``dtype``."""
         return sum(shard.nbytes(dtype) for shard in self.shards)
+
+    def rounding(self) -> float:
+        """Return by how much ``stored`` puts the shards' values off: the root mean square of the
+        differences over that of the values."""
+        if self.stored == "exact" or not any(shard.nnz for shard in self.shards):
+            return 0.0
+        bank = self.bank(torch.float32)
+        rounded = bank_form.from_bytes(*bank_form.to_bytes(bank.values, bank.row_ptr), bank.row_ptr)
+        size = float(bank.values.norm())
+        return float((rounded - bank.values).norm()) / size if size else 0.0
 
     def shard_of(self, edit_id: str) -> int | None:
         """Return the shard that holds an edit, or None."""
@@ -211,26 +226,9 @@ class SideMemory:
         return kept.index(place)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Return all tensors by name: the bank, its thresholds (fp64) and the key index.
-
-        Sparse shards are told by their columns (uint16), one after the other, the others by their
-        mask's bits.
-        """
+        """Return all tensors by name: the bank (see ``bank_form``) and the key index."""
         dtype = self.shards[0].values.dtype if self.shards else torch.float32
-        bank = self.bank(dtype)
-        sparse = torch.tensor([shard.sparse for shard in self.shards], dtype=torch.bool)
-        columns = [
-            bits_to_columns(shard.mask_bits, shard.d_in) for shard in self.shards if shard.sparse
-        ]
-        thresholds = torch.tensor([s.threshold for s in self.shards], dtype=torch.float64)
-        tensors = {
-            f"{_BANK}mask_bits": bank.mask_bits[~sparse] if columns else bank.mask_bits,
-            f"{_BANK}columns": torch.cat([torch.zeros(0, dtype=torch.uint16), *columns]),
-            f"{_BANK}sparse": sparse,
-            f"{_BANK}values": bank.values,
-            f"{_BANK}row_ptr": bank.row_ptr,
-            f"{_BANK}thresholds": thresholds,
-        }
+        tensors = bank_form.stored(self.shards, self.bank(dtype), self.stored == "int8")
         if self.key_index is not None:
             for name, tensor in self.key_index.state_tensors().items():
                 tensors[_KEYS + name] = tensor
@@ -247,6 +245,7 @@ class SideMemory:
             "variant": self.variant,
             "lead": self.lead,
             "cue": self.cue,
+            "stored": self.stored,
             "shards": [{"edit_ids": list(s.edit_ids), "seed": s.seed} for s in self.shards],
             "key_index": None if self.key_index is None else self.key_index.state_meta(),
         }
@@ -260,14 +259,8 @@ class SideMemory:
                 is a ``KeyError``).
         """
         d_out, d_in = (int(size) for size in meta["shape"])
-        values, row_ptr, thresholds = (
-            tensors[_BANK + name] for name in ("values", "row_ptr", "thresholds")
-        )
         entries = meta["shards"]
-        if thresholds.dtype != torch.float64 or thresholds.shape != (len(entries),):
-            raise ValueError(f"bank: thresholds must be fp64 [{len(entries)}]")
-        mask_bits = _masks_of(tensors, row_ptr, len(entries), d_out, d_in)
-        check_packed(mask_bits, values, row_ptr, d_in)
+        mask_bits, values, row_ptr = bank_form.restored(tensors, len(entries), (d_out, d_in))
         shards = []
         for index, entry in enumerate(entries):
             pointers = row_ptr[index * d_out : (index + 1) * d_out + 1]
@@ -277,7 +270,7 @@ class SideMemory:
                     values[int(pointers[0]) : int(pointers[-1])],
                     pointers - pointers[0],
                     d_in,
-                    float(thresholds[index]),
+                    float(tensors["bank.thresholds"][index]),
                     [str(name) for name in entry["edit_ids"]],
                     int(entry["seed"]),
                 )
@@ -299,6 +292,7 @@ class SideMemory:
             meta["variant"],
             float(meta["lead"]),
             float(meta["cue"]),
+            meta["stored"],
         )
         memory._packed[values.dtype] = _Packed(tuple(shards), mask_bits, values, row_ptr)
         return memory
@@ -310,37 +304,6 @@ class SideMemory:
             raise ValueError(
                 f"the shard holds {shard.values.dtype}, the memory {self.shards[0].values.dtype}"
             )
-
-
-def _masks_of(
-    tensors: Mapping[str, Tensor], row_ptr: Tensor, count: int, d_out: int, d_in: int
-) -> Tensor:
-    """The masks of all shards, int32 ``[count, d_out, W]``: as stored where that is what they are.
-
-    Raises:
-        ValueError: the parts do not fit.
-    """
-    stored, columns, sparse = (tensors[_BANK + n] for n in ("mask_bits", "columns", "sparse"))
-    if sparse.dtype != torch.bool or sparse.shape != (count,):
-        raise ValueError(f"bank: sparse must be bool [{count}]")
-    few = sparse.nonzero().flatten().tolist()
-    if stored.dim() != 3 or stored.shape[:2] != (count - len(few), d_out):
-        raise ValueError(f"bank: {list(stored.shape)} mask for {count - len(few)} shards")
-    if columns.dtype != torch.uint16 or columns.dim() != 1:
-        raise ValueError("bank: columns must be uint16 [nnz]")
-    if row_ptr.dtype != torch.int64 or row_ptr.shape != (count * d_out + 1,):
-        raise ValueError(f"bank: row_ptr must be int64 [{count * d_out + 1}]")
-    pointers = [row_ptr[place * d_out : (place + 1) * d_out + 1] for place in few]
-    sizes = [int(each[-1] - each[0]) for each in pointers]
-    if min(sizes, default=0) < 0 or sum(sizes) != len(columns):
-        raise ValueError(f"bank: {len(columns)} columns for {sum(sizes)} entries")
-    if not few:
-        return stored
-    masks = torch.empty(count, d_out, mask_words(d_in), dtype=torch.int32)
-    masks[~sparse] = stored
-    for place, rows, own in zip(few, pointers, columns.split(sizes), strict=True):
-        masks[place] = columns_to_bits(own, rows - rows[0], d_in)
-    return masks
 
 
 def _same(one: Sequence[Shard], other: Sequence[Shard]) -> bool:
