@@ -62,6 +62,14 @@ def test_side_norm_is_the_indicator(make_shard: MakeShard, draw: Draw) -> None:
     torch.testing.assert_close(bank.side_norm(x, rows, which), wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bank_gives_its_shards_back(make_shard: MakeShard, dtype: torch.dtype) -> None:
+    shards = [make_shard(seed, ratio=0.1 + 0.2 * seed) for seed in range(3)]
+    bank = PackedBank.from_shards(shards, (6, 40), dtype)
+    for place, shard in enumerate(shards):
+        assert bank.dense(place).equal(shard.dense().to(dtype).float())
+
+
 def test_shard_knows_its_size(make_shard: MakeShard) -> None:
     shard = make_shard(ratio=0.3)
     assert shard.shape == (6, 40)

@@ -117,12 +117,9 @@ class PackedBank(Growing):
         """
         return ops.side_norm(x, self.mask_bits, self.values, self.row_ptr, rows, shards)
 
-    def transposed(self, grad: Tensor, route: Tensor) -> Tensor:
-        """Return ``D_route[n]^T grad[n]``, fp32 ``[N, d_in]``.
-
-        Args:
-            grad: fp32 ``[N, d_out]``.
-            route: int32 ``[N]``: a shard, or -1 for a row of zeros.
-        """
-        tensors = self.mask_bits, self.values, self.row_ptr
-        return ops.add_side_backward(grad, *tensors, route, self.shape[1])
+    def dense(self, shard: int) -> Tensor:
+        """Return a shard's delta, fp32 ``[d_out, d_in]``."""
+        d_out, d_in = self.shape
+        pointers = self.row_ptr[shard * d_out : (shard + 1) * d_out + 1]
+        values = self.values[int(pointers[0]) : int(pointers[-1])].float()
+        return ops.unpack(self.mask_bits[shard], values, pointers - pointers[0], d_in)

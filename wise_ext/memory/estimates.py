@@ -67,8 +67,7 @@ class Sketches(Growing):
         projection = torch.randn(most, bank.shape[0], generator=draw).to(device)
         rows = torch.empty(bank.num_shards, most, bank.shape[1], device=device)
         for shard in range(bank.num_shards):
-            route = torch.full((most,), shard, dtype=torch.int32, device=device)
-            rows[shard] = bank.transposed(projection, route)
+            torch.mm(projection, bank.dense(shard), out=rows[shard])
         # Apart, so that each level's can be read as they lie.
         sizes = [stop - start for start, stop in pairwise((0, *LEVELS))]
         parts = rows.split(sizes, dim=1)
@@ -76,8 +75,10 @@ class Sketches(Growing):
 
     @staticmethod
     def pay(bank: PackedBank) -> bool:
-        """Whether shards have more values than projections of so many rows."""
-        return bank.values.shape[0] > LEVELS[-1] * bank.shape[1] * bank.num_shards
+        """Whether shards have more values than projections of so many rows, and lie where values
+        can be looked at."""
+        entries = LEVELS[-1] * bank.shape[1] * bank.num_shards
+        return bank.values.shape[0] > entries and bank.values.device.type == "cpu"
 
     def narrow(self, a: Tensor, real: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
         """Bound the indicators of some prompts as far as it takes to decide, or is possible.

@@ -37,7 +37,6 @@ __all__ = [
     "ISAS",
     "OPS",
     "add_side_",
-    "add_side_backward",
     "backend",
     "cpu_isa",
     "dual_linear",
@@ -74,19 +73,6 @@ def add_side_(
         y.add_(side)
         return
     resolve("add_side_", y, y.shape[0])(y, x, mask_bits, values, row_ptr, route)
-
-
-def add_side_backward(
-    grad: Tensor, mask_bits: Tensor, values: Tensor, row_ptr: Tensor, route: Tensor, d_in: int
-) -> Tensor:
-    """The transposed side memory: `D_route[n]^T grad[n]`, fp32 [N, d_in], zero where route is -1.
-
-    grad fp32 [N, d_out]; route int32 [N]. It is `add_side_`'s gradient in x, and has none itself.
-    """
-    result: Tensor = resolve("add_side_backward", grad)(
-        grad.detach(), mask_bits, values, row_ptr, route, d_in
-    )
-    return result
 
 
 def dual_linear(
