@@ -66,9 +66,15 @@ class TokenMap(NamedTuple):
 
     def keys(self, tokens: Tensor, real: Tensor) -> Tensor:
         """The keys of standardised tokens; see ``apply``."""
-        before = torch.cat([torch.zeros_like(tokens[:, :1]), tokens[:, :-1]], dim=1)
-        pair = torch.cat([tokens, _BEFORE * before], dim=-1) * real.unsqueeze(-1)
-        return normalize(pair @ self.signs if self.signs.shape[1] else pair, dim=-1)
+        if not self.signs.shape[1]:
+            before = torch.cat([torch.zeros_like(tokens[:, :1]), tokens[:, :-1]], dim=1)
+            key = torch.cat([tokens, _BEFORE * before], dim=-1)
+        else:  # the token before is moved when it is short
+            own, other = self.signs.split(tokens.shape[-1])
+            before = _BEFORE * (tokens @ other)
+            key = tokens @ own
+            key[:, 1:] += before[:, :-1]
+        return normalize(torch.where(real.unsqueeze(-1), key, 0.0), dim=-1)
 
 
 def standardise(activation: Tensor) -> tuple[Tensor, Tensor]:
