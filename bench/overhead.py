@@ -37,6 +37,7 @@ from bench.overhead_case import BEHIND, Case, WrongError, in_pairs, memory_of
 from bench.overhead_layer import of_layer
 from bench.overhead_peer import PeerAdapters
 from bench.overhead_peer import check as peer_answers
+from bench.overhead_plot import PEER
 from bench.peer_easyedit import PeerError, commit_of
 from bench.rows import Row, command_line, homeless, provenance
 from wise_ext.cli import console
@@ -168,7 +169,7 @@ def of_peer(
                 if not peer_answers(model, bare, ids, case.routed == "all"):
                     raise WrongError(f"EasyEdit, {case.label}: went the wrong way")
                 measured = _prefill if case.phase == "prefill" else _decode
-                size = {"shards": count, "model": homeless(name), "router": "easyedit"}
+                size = {"shards": count, "model": homeless(name), "router": PEER}
                 yield {**vars(case), **size, **measured(model, bare, ids, pairs)}
 
 

@@ -11,6 +11,8 @@ from bench.rows import Row
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+#: what rows of EasyEdit's adapter have for a router
+PEER = "easyedit"
 _LINES = {"none": "-", "half": "--", "all": ":"}
 _TITLES = {"prefill": "prefill", "decode": "decoding, a token", "layer": "the edited layer alone"}
 _LAYER = ("layer", "layer and routing")
@@ -63,11 +65,13 @@ def _figure(router: str, rows: list[Row]) -> Figure:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.set_title(_TITLES[phase], fontsize=10)
-        axes.set_xlabel("shards of 100 edits" if phase != "layer" else "shards")
+        unit = "memories" if router == PEER else "shards"
+        axes.set_xlabel("shards of 100 edits" if router == "key" and phase != "layer" else unit)
         axes.set_ylabel("patched over bare")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
-    figure.suptitle(f"Cost of a patched model, {router} router", fontsize=11)
+    title = "EasyEdit's adapter" if router == PEER else f"a patched model, {router} router"
+    figure.suptitle(f"Cost of {title}", fontsize=11)
     return figure
 
 
