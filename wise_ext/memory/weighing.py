@@ -26,11 +26,11 @@ def rarity(tokens: Tensor, edit: Tensor, common: Tensor, texts: int) -> Tensor:
         common: int64 ``[u, 2]``: token ids of the neutral texts, and how many of these hold each.
         texts: neutral texts in all.
     """
-    each = torch.unique(torch.stack([tokens.long(), edit], 1), dim=0)[:, 0]
+    edits = int(edit.max()) + 1 if len(edit) else 0
+    each = torch.unique(tokens.long() * edits + edit) // max(edits, 1)  # one number a pair
     seen = torch.cat([each, common[:, 0].repeat_interleave(common[:, 1])])
     token, count = torch.unique(seen, return_counts=True)
     holding = count[torch.searchsorted(token, tokens.long())]
-    edits = int(edit.max()) + 1 if len(edit) else 0
     rare: Tensor = 1 - holding.float().log() / math.log(max(2, texts + edits))
     return rare.clamp(min=_LEAST_RARITY)
 
