@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from wise_ext.memory.cues import Cues
 from wise_ext.memory.key_index import KeyIndex
 from wise_ext.memory.masks import bool_to_bits
 from wise_ext.memory.merging import DEFAULT_DENSITY, merge
+from wise_ext.memory.packed import Packed
 from wise_ext.memory.routing import IndicatorRouter, KeyRouter, Router
 from wise_ext.memory.shards import Shard
 
@@ -24,15 +25,6 @@ ROUTINGS = ("key", "indicator")
 VARIANTS = ("retrieve", "merge")
 STORED = ("exact", "int8")
 _KEYS = "key_index."
-
-
-class _Packed(NamedTuple):
-    """The tensors of a bank, and the shards that it is of."""
-
-    shards: tuple[Shard, ...]
-    mask_bits: Tensor
-    values: Tensor
-    row_ptr: Tensor
 
 
 @dataclass(eq=False)
@@ -68,7 +60,7 @@ class SideMemory:
     lead: float = 3.0
     cue: float = 0.0
     stored: str = "exact"
-    _packed: dict[torch.dtype, _Packed] = field(default_factory=dict, init=False, repr=False)
+    _packed: dict[torch.dtype, Packed] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.routing not in ROUTINGS:
@@ -120,19 +112,18 @@ class SideMemory:
     ) -> PackedBank:
         """Return the packed bank of all shards; see ``PackedBank.from_shards``.
 
-        Banks of one dtype on the CPU share their tensors for as long as the shards stay the same,
-        and those of a stored memory's own dtype lie where its file is mapped: however many models
-        use a memory, it is there once.
+        Banks of one dtype on the CPU share their tensors for as long as shards are only added,
+        which copies none of those there are (but now and then, for room); and those of a stored
+        memory's own dtype lie where its file is mapped: however many models use a memory, it is
+        there once.
         """
         if torch.device(device).type != "cpu":
             return PackedBank.from_shards(self.shards, self.shape, dtype, device)
         packed = self._packed.get(dtype)
-        if packed is None or not _same(packed.shards, self.shards):
-            bank = PackedBank.from_shards(self.shards, self.shape, dtype, device)
-            tensors = bank.mask_bits, bank.values, bank.row_ptr
-            self._packed[dtype] = _Packed(tuple(self.shards), *tensors)
-            return bank
-        return PackedBank(*packed[1:], self.shape)
+        if packed is None or not packed.begins(self.shards):
+            packed = Packed.of(self.shape, dtype)
+        self._packed[dtype] = packed = packed.grown(self.shards)
+        return PackedBank(*packed.tensors(), self.shape)
 
     def router(self, bank: PackedBank | None = None) -> Router | None:
         """Return the router of the memory as it is now, or None where there is no shard.
@@ -294,7 +285,7 @@ class SideMemory:
             float(meta["cue"]),
             meta["stored"],
         )
-        memory._packed[values.dtype] = _Packed(tuple(shards), mask_bits, values, row_ptr)
+        memory._packed[values.dtype] = Packed(tuple(shards), mask_bits, values, row_ptr)
         return memory
 
     def _check(self, shard: Shard) -> None:
@@ -304,8 +295,3 @@ class SideMemory:
             raise ValueError(
                 f"the shard holds {shard.values.dtype}, the memory {self.shards[0].values.dtype}"
             )
-
-
-def _same(one: Sequence[Shard], other: Sequence[Shard]) -> bool:
-    """Whether two lists are of the very same shards, whose tensors nobody changes."""
-    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
