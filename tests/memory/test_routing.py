@@ -218,3 +218,23 @@ def test_router_keeps_what_it_was_made_with(draw: Draw) -> None:
 def test_thresholds_must_fit_the_bank(make_shard: MakeShard) -> None:
     with pytest.raises(ValueError, match="1 shards need as many thresholds"):
         IndicatorRouter("layer", PackedBank.from_shards([make_shard()], SHAPE), [1.0, 2.0])
+
+
+@pytest.mark.parametrize("radius", [-1.0, 0.0, 0.3, 0.6, 0.99, 2.0])
+def test_looking_at_scores_first_changes_no_decision(
+    draw: Draw, radius: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows with many, few and no entries above the radius in one batch, ties among them."""
+    keys = draw(40, 60)
+    keys[20:] = keys[:20]
+    router = _key_router(keys, list(range(40)), radius)
+    a = draw(12, 5, 60, seed=1)
+    a[:8, 2] = 2 * keys[5:13]
+    real = torch.rand(12, 5, generator=torch.Generator().manual_seed(2)) < 0.8
+    real[11] = False
+    looked = router.decide(a, real)
+    monkeypatch.setattr("wise_ext.memory.looks.at_hand", lambda values: False)
+    for one, other in zip(looked, router.decide(a, real), strict=True):
+        assert one.equal(other)
+    if radius == 0.6:
+        assert -1 in looked.route and (looked.route >= 20).any()  # the last of equals

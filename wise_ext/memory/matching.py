@@ -75,16 +75,20 @@ class PreparedKeys(NamedTuple):
         tokens = map_.tokens(activation, real)
         query = map_.keys(tokens, real)
         # an edit at the radius may tie with one above it
-        scores = self._scores(query, radius - _TIE)
-        best, row = _last_of_best(scores)
-        if looks.at_hand(best) and not bool((best > radius).any()):
-            return torch.full_like(row, -1)
-        bests, rows = [best], [row]
-        while len(rows) < _CANDIDATES:  # of fewer, some are looked at again, in vain
-            scores = scores.scatter(1, row.unsqueeze(1), -1.0)
-            best, row = _last_of_best(scores)
+        floor = radius - _TIE
+        scores = self._scores(query, floor)
+        stored = torch.arange(scores.shape[1], device=scores.device)
+        if looks.at_hand(scores):
+            stored = (scores > floor).any(0).nonzero().squeeze(1)
+            if not len(stored):
+                return stored.new_full((len(scores),), -1)
+            scores = scores[:, stored]
+        bests, rows = [], []
+        for _ in range(_CANDIDATES):  # of fewer, some are looked at again, in vain
+            best, place = _last_of_best(scores)
             bests.append(best)
-            rows.append(row)
+            rows.append(stored[place])
+            scores = scores.scatter(1, place.unsqueeze(1), -1.0)
         others, likenesses = self._asked(tokens, query, real, torch.stack(rows, 1))
         found = torch.full_like(rows[0], -1)
         standing = torch.full_like(bests[0], -torch.inf)
