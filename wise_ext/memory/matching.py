@@ -77,14 +77,14 @@ class PreparedKeys(NamedTuple):
         # an edit at the radius may tie with one above it
         floor = radius - _TIE
         scores = self._scores(query, floor)
-        stored = torch.arange(scores.shape[1], device=scores.device)
+        stored, candidates = torch.arange(scores.shape[1], device=scores.device), _CANDIDATES
         if looks.at_hand(scores):
             stored = (scores > floor).any(0).nonzero().squeeze(1)
             if not len(stored):
                 return stored.new_full((len(scores),), -1)
-            scores = scores[:, stored]
+            scores, candidates = scores[:, stored], min(candidates, len(stored))
         bests, rows = [], []
-        for _ in range(_CANDIDATES):  # of fewer, some are looked at again, in vain
+        for _ in range(candidates):  # of fewer, some are looked at again, in vain
             best, place = _last_of_best(scores)
             bests.append(best)
             rows.append(stored[place])
