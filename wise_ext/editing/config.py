@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 from wise_ext.errors import ConfigError
@@ -169,6 +170,22 @@ class WiseConfig:
     def replace(self, **changes: Any) -> WiseConfig:
         """A changed copy."""
         return replace(self, **changes)
+
+
+def settled(given: WiseConfig | None, stored: WiseConfig, directory: Path) -> WiseConfig:
+    """The settings of a memory that is edited on; they cannot change on the way.
+
+    Raises:
+        ConfigError: other ones were given.
+    """
+    if given is None or given == stored:
+        return stored
+    old, new = stored.to_dict(), given.to_dict()
+    name = next(key for key in old if old[key] != new[key])
+    raise ConfigError(
+        f"the memory in {directory} was made with {name}={old[name]!r}, not {new[name]!r}: "
+        "edit on with its own settings, or choose another directory"
+    )
 
 
 _LEAST = {

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from wise_ext.editing.config import WiseConfig
+from wise_ext.editing.config import WiseConfig, settled
 from wise_ext.editing.edits import Edit, find_conflicts
 from wise_ext.editing.homes import (
     guests_for,
@@ -83,7 +83,7 @@ class Editor:
             stored = load_memory_dir(self._directory)
             settings = dict(stored.config)
             closed = int(settings.pop("closed_parts"))
-            config = _same_settings(config, WiseConfig.from_dict(settings), self._directory)
+            config = settled(config, WiseConfig.from_dict(settings), self._directory)
         self.model = model
         self.config = config or WiseConfig()
         self._shop = Workshop(model, tokenizer, self.config)
@@ -387,15 +387,3 @@ class Editor:
                 yield
         finally:
             self.model.train(training)
-
-
-def _same_settings(given: WiseConfig | None, stored: WiseConfig, directory: Path) -> WiseConfig:
-    """The settings of a memory that is edited on; they cannot change on the way."""
-    if given is None or given == stored:
-        return stored
-    old, new = stored.to_dict(), given.to_dict()
-    name = next(key for key in old if old[key] != new[key])
-    raise ConfigError(
-        f"the memory in {directory} was made with {name}={old[name]!r}, not {new[name]!r}: "
-        "edit on with its own settings, or choose another directory"
-    )

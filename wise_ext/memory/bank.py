@@ -9,7 +9,7 @@ from torch import Tensor
 
 from wise_ext import ops
 from wise_ext.memory.growing import Growing
-from wise_ext.memory.masks import mask_words
+from wise_ext.memory.packed import Packed
 from wise_ext.memory.shards import VALUE_DTYPES, Shard, check_packed
 
 
@@ -66,19 +66,8 @@ class PackedBank(Growing):
         for index, shard in enumerate(shards):
             if shard.shape != tuple(shape):
                 raise ValueError(f"shard {index} is {shard.shape}, the projection is {shape}")
-        d_out, d_in = shape
-        row_ptr = torch.zeros(len(shards) * d_out + 1, dtype=torch.int64)
-        start = 0
-        for index, shard in enumerate(shards):
-            row_ptr[index * d_out + 1 : (index + 1) * d_out + 1] = shard.row_ptr[1:] + start
-            start += shard.nnz
-        if shards:
-            mask_bits = torch.stack([shard.mask_bits for shard in shards])
-            values = torch.cat([shard.values.to(dtype) for shard in shards])
-        else:
-            mask_bits = torch.zeros(0, d_out, mask_words(d_in), dtype=torch.int32)
-            values = torch.zeros(0, dtype=dtype)
-        return cls(mask_bits, values, row_ptr, (d_out, d_in)).to(device)
+        tensors = Packed.of(shape, dtype).grown(shards).tensors()
+        return cls(*tensors, (shape[0], shape[1])).to(device)
 
     @property
     def num_shards(self) -> int:

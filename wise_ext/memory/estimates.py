@@ -62,8 +62,18 @@ class Sketches(Growing):
 
     def __init__(self, bank: PackedBank, seed: int = 0) -> None:
         super().__init__()
+        # In a tuple, since the bank is no part of this; editing patches often and decides rarely.
+        self._bank, self._seed = (bank,), seed
+
+    def held(self) -> dict[str, Tensor]:
+        """The projections, by level: made when they are first asked for."""
+        if not self._names:
+            self._project(*self._bank)
+        return super().held()
+
+    def _project(self, bank: PackedBank) -> None:
         device, most = bank.values.device, LEVELS[-1]
-        draw = torch.Generator().manual_seed(seed)
+        draw = torch.Generator().manual_seed(self._seed)
         projection = torch.randn(most, bank.shape[0], generator=draw).to(device)
         rows = torch.empty(bank.num_shards, most, bank.shape[1], device=device)
         for shard in range(bank.num_shards):
