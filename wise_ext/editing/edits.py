@@ -1,25 +1,20 @@
 """Edits and the files they come from.
 
-Three kinds of record are understood, in a JSONL file or in one JSON list:
-
-* this project's: ``prompt``, ``target_new``, optional ``id``, ``subject``, ``rephrase_prompt``,
-  ``locality_prompt``, ``locality_ground_truth``;
-* EasyEdit's: the same, with ``locality: {name: {prompt, ground_truth}}``;
-* zsRE as MEND prepared it: ``src``, ``alt``, ``rephrase``, ``loc``, ``loc_ans``.
-
-A file is checked whole before anything is returned, so a mistake on its last line costs no editing.
+They are read from a JSONL file or from one JSON list, in any of the formats of :mod:`.records`. A
+file is checked whole before anything is returned: a mistake on its last line costs no editing.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from .json_records import read_records
+from .records import as_object, edit_fields, identifier
 
 
 @dataclass(frozen=True)
@@ -34,9 +29,13 @@ class Edit:
         rephrase_prompt: the same question in other words: measured, never trained on.
         locality_prompt: unrelated text that the edit must leave alone.
         locality_ground_truth: the answer that goes with ``locality_prompt``.
+        sub_question: questions about parts of a long target: measured, never trained on.
+        sub_answer: their answers, as many.
+        is_long: read from a long-form record, whose target is a text and not a few words.
 
     Raises:
-        DataError: the id, the prompt or the target is empty, or a field is not text.
+        DataError: the id, the prompt or the target is empty, a field is not text, or there are
+            not as many sub-answers as sub-questions.
     """
 
     id: str
@@ -46,6 +45,9 @@ class Edit:
     rephrase_prompt: str | None = None
     locality_prompt: str | None = None
     locality_ground_truth: str | None = None
+    sub_question: tuple[str, ...] = ()
+    sub_answer: tuple[str, ...] = ()
+    is_long: bool = False
 
     def __post_init__(self) -> None:
         for name in ("id", "prompt", "target_new"):
@@ -59,6 +61,20 @@ class Edit:
             if value is not None and not isinstance(value, str):
                 kind = type(value).__name__
                 raise DataError(f"Edit.{name} must be text or None, not {kind} (edit {self.id!r})")
+        for name in ("sub_question", "sub_answer"):
+            texts = getattr(self, name)
+            listed = texts if isinstance(texts, (tuple, list)) else (None,)
+            if not all(isinstance(text, str) and text.strip() for text in listed):
+                raise DataError(f"Edit.{name} must be texts, none empty (edit {self.id!r})")
+            # A ledger, which is JSON, gives lists.
+            object.__setattr__(self, name, tuple(listed))
+        if len(self.sub_question) != len(self.sub_answer):
+            raise DataError(
+                f"edit {self.id!r} has {len(self.sub_question)} sub-questions and "
+                f"{len(self.sub_answer)} sub-answers: give each its answer"
+            )
+        if not isinstance(self.is_long, bool):
+            raise DataError(f"Edit.is_long must be True or False (edit {self.id!r})")
 
 
 def read_edits(path: str | Path, limit: int | None = None, offset: int = 0) -> list[Edit]:
@@ -81,18 +97,15 @@ def read_edits(path: str | Path, limit: int | None = None, offset: int = 0) -> l
         raise DataError(f"limit is {limit}: ask for at least one edit")
     if offset < 0:
         raise DataError(f"offset is {offset}: it must not be negative")
-    text = _read_text(path)
-    if not text.strip():
-        raise DataError(f"{path}: the file is empty: write at least one edit into it")
-    is_list = text.lstrip().startswith("[")
-    records = _list_records(text, path) if is_list else _line_records(text, path)
+    is_list, records = read_records(path)
 
-    rows: list[tuple[int, str | None, dict[str, str | None]]] = []
+    rows: list[tuple[int, str | None, dict[str, Any]]] = []
     first_line: dict[str, int] = {}
-    for line, record in records:
+    for line, found in records:
         where = f"{path} line {line}"
-        fields = _fields(record, where)
-        given = _identifier(record, where)
+        record = as_object(found, where)
+        fields = edit_fields(record, where)
+        given = identifier(record, where)
         if given is not None:
             if given in first_line:
                 raise DataError(
@@ -109,7 +122,7 @@ def read_edits(path: str | Path, limit: int | None = None, offset: int = 0) -> l
     for number, (line, given, fields) in enumerate(rows, start=1):
         name = given or _free_name(f"edit-{number if is_list else line}", taken)
         taken.add(name)
-        edits.append(_edit(name, fields))
+        edits.append(Edit(name, **fields))
     if offset >= len(edits):
         raise DataError(
             f"{path}: offset {offset} leaves nothing of its {len(edits)} edits: "
@@ -148,213 +161,8 @@ def squeezed(text: str) -> str:
     return " ".join(text.split())
 
 
-def _read_text(path: Path) -> str:
-    if path.is_dir():
-        raise DataError(f"{path}: is a directory: name the edit file itself")
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file: check the path of the edit file") from None
-    except (OSError, ValueError) as error:
-        cause = getattr(error, "strerror", None) or error
-        raise DataError(
-            f"{path}: cannot be read ({cause}): check the path and its rights"
-        ) from None
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        # utf-8-sig counts from behind the byte order mark
-        start = error.start + (len(data) - len(error.object))
-        line = data.count(b"\n", 0, start) + 1
-        raise DataError(
-            f"{path} line {line}: not UTF-8 (byte 0x{data[start]:02x} at byte offset {start}): "
-            "save the file as UTF-8"
-        ) from None
-
-
-def _line_records(text: str, path: Path) -> Iterator[tuple[int, object]]:
-    # not splitlines(): U+2028 and its like are ordinary characters inside a JSON string
-    for line, row in enumerate(text.split("\n"), start=1):
-        if not row.strip():
-            continue
-        where = f"{path} line {line}"
-        try:
-            yield line, json.loads(row)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{where}: broken JSON ({error.msg}, column {error.colno}): "
-                "write one JSON object a line, or one JSON list"
-            ) from None
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}: unreadable JSON ({error}): correct the line") from None
-
-
-def _list_records(text: str, path: Path) -> Iterator[tuple[int, object]]:
-    # record by record, because json.loads would forget on which line each one began
-    decoder = json.JSONDecoder()
-    line, seen = 1, 0
-
-    def line_of(at: int) -> int:
-        nonlocal line, seen
-        line, seen = line + text.count("\n", seen, at), at
-        return line
-
-    def skip_space(at: int) -> int:
-        while at < len(text) and text[at] in " \t\r\n":
-            at += 1
-        return at
-
-    def broken(at: int, cause: object) -> DataError:
-        return DataError(
-            f"{path} line {line_of(at)}: broken JSON ({cause}): write a list of JSON objects"
-        )
-
-    at = skip_space(text.index("[") + 1)
-    if text[at : at + 1] == "]":
-        return
-    while True:
-        at = skip_space(at)
-        try:
-            record, end = decoder.raw_decode(text, at)
-        except json.JSONDecodeError as error:
-            raise broken(error.pos, error.msg) from None
-        except (ValueError, RecursionError) as error:
-            raise broken(at, error) from None
-        yield line_of(at), record
-        at = skip_space(end)
-        mark = text[at : at + 1]
-        if mark == "]":
-            at = skip_space(at + 1)
-            if at < len(text):
-                raise broken(at, "more text after the list")
-            return
-        if mark != ",":
-            raise broken(at, "',' or ']' expected")
-        at += 1
-
-
-def _identifier(record: object, where: str) -> str | None:
-    assert isinstance(record, dict)  # _fields refused anything else
-    for key in ("id", "case_id"):
-        value = record.get(key)
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, (str, int)):
-            raise DataError(f"{where}: field '{key}' is {_kind(value)}: make it a text or a number")
-        text = _checked(str(value), key, where)
-        if not text:
-            raise DataError(f"{where}: field '{key}' is empty: give an id, or leave the field out")
-        return text
-    return None
-
-
 def _free_name(name: str, taken: set[str]) -> str:
     free, n = name, 2
     while free in taken:
         free, n = f"{name}-{n}", n + 1
     return free
-
-
-def _fields(record: object, where: str) -> dict[str, str | None]:
-    if not isinstance(record, dict):
-        raise DataError(f"{where}: {_kind(record)} where a JSON object belongs: write one edit")
-    if "src" in record or "alt" in record:
-        return {
-            "prompt": _required(record, "src", where),
-            "target_new": _required(record, "alt", where),
-            "subject": _optional(record, "subject", where),
-            "rephrase_prompt": _optional(record, "rephrase", where),
-            "locality_prompt": _optional(record, "loc", where),
-            "locality_ground_truth": _optional(record, "loc_ans", where),
-        }
-    locality_prompt = _optional(record, "locality_prompt", where)
-    locality_answer = _optional(record, "locality_ground_truth", where)
-    if locality_prompt is None and record.get("locality") is not None:
-        locality_prompt, locality_answer = _easyedit_locality(record["locality"], where)
-    rephrase = "rephrase" if record.get("rephrase_prompt") is None else "rephrase_prompt"
-    return {
-        "prompt": _required(record, "prompt", where),
-        "target_new": _required(record, "target_new", where),
-        "subject": _optional(record, "subject", where),
-        "rephrase_prompt": _optional(record, rephrase, where),
-        "locality_prompt": locality_prompt,
-        "locality_ground_truth": locality_answer,
-    }
-
-
-def _easyedit_locality(value: object, where: str) -> tuple[str | None, str | None]:
-    """The first prompt of ``{name: {prompt, ground_truth}}``; each level may also be a list."""
-    if not isinstance(value, dict):
-        raise DataError(
-            f"{where}: field 'locality' is {_kind(value)}: "
-            "write {name: {prompt, ground_truth}} as EasyEdit does"
-        )
-    for name, group in value.items():
-        one = group[0] if isinstance(group, list) and group else group
-        if not one:
-            continue
-        if not isinstance(one, dict):
-            raise DataError(
-                f"{where}: field 'locality.{name}' is {_kind(one)}: write {{prompt, ground_truth}}"
-            )
-        prompt = _optional(one, "prompt", where, inside=f"locality.{name}.")
-        if prompt is not None:
-            return prompt, _optional(one, "ground_truth", where, inside=f"locality.{name}.")
-    return None, None
-
-
-def _required(record: dict[str, Any], key: str, where: str) -> str:
-    if record.get(key) is None:
-        raise DataError(f"{where}: field '{key}' is absent: every edit needs it")
-    value = record[key]
-    if not isinstance(value, str):
-        raise DataError(f"{where}: field '{key}' is {_kind(value)}: make it a text")
-    text = _checked(value, key, where)
-    if not text:
-        raise DataError(f"{where}: field '{key}' is empty: fill it in or remove the edit")
-    return text
-
-
-def _optional(record: dict[str, Any], key: str, where: str, inside: str = "") -> str | None:
-    value = record.get(key)
-    while isinstance(value, list):  # EasyEdit wraps some answers in lists, even twice
-        value = value[0] if value else None
-    if value is None:
-        return None
-    if not isinstance(value, str):
-        raise DataError(
-            f"{where}: field '{inside}{key}' is {_kind(value)}: make it a text or leave it out"
-        )
-    return _checked(value, inside + key, where) or None
-
-
-def _checked(value: str, key: str, where: str) -> str:
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where}: field '{key}' holds half a character (a lone surrogate, "
-            f"\\u{ord(value[error.start]):04x}): correct the escape"
-        ) from None
-    return value.strip()
-
-
-def _kind(value: object) -> str:
-    if value is None:
-        return "null"
-    names = {bool: "true/false", int: "a number", float: "a number", str: "a text"}
-    return names.get(type(value), "a list" if isinstance(value, list) else "an object")
-
-
-def _edit(name: str, fields: dict[str, str | None]) -> Edit:
-    prompt, target = fields["prompt"], fields["target_new"]
-    assert prompt is not None and target is not None  # _required saw to it
-    return Edit(
-        id=name,
-        prompt=prompt,
-        target_new=target,
-        subject=fields["subject"],
-        rephrase_prompt=fields["rephrase_prompt"],
-        locality_prompt=fields["locality_prompt"],
-        locality_ground_truth=fields["locality_ground_truth"],
-    )
