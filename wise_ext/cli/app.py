@@ -14,6 +14,7 @@ from .failures import CarefulGroup
 from .generate import generate
 from .info import info
 from .profile import profile
+from .stats import stats
 from .stored import show, undo, verify
 
 app = typer.Typer(
@@ -48,6 +49,7 @@ app.command("edit")(edit)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("profile")(profile)
+app.command("stats")(stats)
 app.command("show")(show)
 app.command("undo")(undo)
 app.command("verify")(verify)
