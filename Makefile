@@ -23,8 +23,8 @@ ON_TRITON := $(addprefix tests/ops/,test_side.py test_train.py test_errors.py) \
 	tests/triton/test_train_launches.py
 
 # The tests that run native kernels in this process.
-ON_KERNELS := $(addprefix tests/ops/,test_errors.py test_max_sim.py test_shards.py test_side.py \
-	test_train.py) \
+ON_KERNELS := $(addprefix tests/ops/,test_errors.py test_low_rank.py test_max_sim.py \
+	test_shards.py test_side.py test_train.py) \
 	$(addprefix tests/cuda/,test_arithmetic.py test_emulator.py test_pack.py test_schedules.py)
 ADDRESS := build/address
 

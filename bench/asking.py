@@ -232,7 +232,8 @@ def _config(folder: Path | None, changes: dict[str, Any]) -> WiseConfig:
     from wise_ext.storage import load_memory_dir
 
     stored = dict(load_memory_dir(folder).config)
-    stored.pop("closed_parts", None)
+    for other in ("closed_parts", "anyedit"):
+        stored.pop(other, None)
     return WiseConfig.from_dict(stored)
 
 

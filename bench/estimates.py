@@ -28,7 +28,7 @@ from wise_ext.editing.anatomy import run_until_stopped, watch
 from wise_ext.editing.contexts import sample_contexts
 from wise_ext.editing.prompts import encode_prompt
 from wise_ext.errors import DataError, WiseError
-from wise_ext.memory import IndicatorRouter
+from wise_ext.memory import IndicatorRouter, PackedBank
 from wise_ext.memory.estimates import LEVELS
 from wise_ext.models import get_module, load_model
 from wise_ext.storage import load_memory_dir
@@ -60,6 +60,7 @@ def main(
         texts = [encode_prompt(tokenizer, text)[-_LONGEST:] for text in asked]
         texts += written(network, tokenizer, prompts - len(texts))
         bank, thresholds = stored.bank(), [shard.threshold for shard in stored.shards]
+        assert isinstance(bank, PackedBank)  # the indicator routes between no others
         routers = {
             name: IndicatorRouter(stored.layer, bank, thresholds, estimate=name == "on")
             for name in ("off", "on")

@@ -81,7 +81,7 @@ class Maker:
             self._prompts.append(prompt)
             self._keys.append(self._shop.coach.addresses(prompt, subject))
         prompts = self._prompts[: shards * self._size]
-        memory.shards = made_shards(memory.shape, shards, self._ratio, self._seed)
+        memory.shards[:] = made_shards(memory.shape, shards, self._ratio, self._seed)
         ids = [f"made-{number}" for number in range(len(prompts))]
         for number, shard in enumerate(memory.shards):
             shard.edit_ids = ids[number * self._size : (number + 1) * self._size]

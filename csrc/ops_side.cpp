@@ -1,25 +1,37 @@
 // Products with the packed bank: add_side_ and its backward, dual_linear, side_norm;
-// and with sketches of it: sketch_norm.
+// with sketches of it: sketch_norm; and with shards of low rank: add_low_rank_.
 #include "csrc/check.h"
 
 namespace wise {
 
 namespace {
 
+// y is changed in place, a row of it for every row of x.
+void require_rows_to_change(const char* op, const Matrix& y, const Matrix& x) {
+  require(y.rows == x.rows, op, ": y has ", y.rows, " rows, x has ", x.rows);
+  require(y.columns <= 1 || y.column_stride == 1, op,
+          ": y is changed in place, so its rows must be contiguous");
+}
+
+// One route a row, each a shard or -1; `holder` keeps a copy alive where one was needed.
+const int32_t* routes_of(const char* op, const Tensor& route, int64_t rows, int64_t shards,
+                         Tensor* holder) {
+  const int32_t* routes = int32_vector({op, "route"}, route, holder);
+  require(route.size(0) == rows, op, ": route must have one entry a row of x (", rows, "), got ",
+          route.size(0));
+  require_in_range({op, "route"}, routes, rows, -1, shards - 1);
+  return routes;
+}
+
 void add_side_(Tensor y, const Tensor x, const Tensor mask_bits, const Tensor values,
                const Tensor row_ptr, const Tensor route) {
   const char* op = "add_side_";
   const Matrix out = matrix_of({op, "y"}, y);
   const Matrix in = matrix_of({op, "x"}, x);
-  require(out.rows == in.rows, op, ": y has ", out.rows, " rows, x has ", in.rows);
-  require(out.columns <= 1 || out.column_stride == 1, op,
-          ": y is changed in place, so its rows must be contiguous");
+  require_rows_to_change(op, out, in);
   const HeldBank bank = hold_bank(op, in.columns, out.columns, mask_bits, values, row_ptr);
   Tensor held;
-  const int32_t* routes = int32_vector({op, "route"}, route, &held);
-  require(route.size(0) == in.rows, op, ": route must have one entry a row of x (", in.rows,
-          "), got ", route.size(0));
-  require_in_range({op, "route"}, routes, in.rows, -1, bank.packed.shards - 1);
+  const int32_t* routes = routes_of(op, route, in.rows, bank.packed.shards, &held);
   const bool good = add_side(bank.packed, in, y.mutable_data_ptr(), out.dtype, out.row_stride,
                              routes, parallel_for);
   require_consistent(op, good, bank.packed.count);
@@ -33,10 +45,7 @@ Tensor add_side_backward_op(const Tensor grad, const Tensor mask_bits, const Ten
   const NoGrad no_grad;
   const HeldBank bank = hold_bank(op, d_in, grad.size(1), mask_bits, values, row_ptr);
   Tensor held;
-  const int32_t* routes = int32_vector({op, "route"}, route, &held);
-  require(route.size(0) == grad.size(0), op, ": route must have one entry a row of x (",
-          grad.size(0), "), got ", route.size(0));
-  require_in_range({op, "route"}, routes, grad.size(0), -1, bank.packed.shards - 1);
+  const int32_t* routes = routes_of(op, route, grad.size(0), bank.packed.shards, &held);
   const Tensor dense = torch::stable::contiguous(grad);
   Tensor grad_x = torch::stable::new_empty(grad, {grad.size(0), d_in});
   const bool good = add_side_backward(
@@ -44,6 +53,44 @@ Tensor add_side_backward_op(const Tensor grad, const Tensor mask_bits, const Ten
       static_cast<float*>(grad_x.mutable_data_ptr()), parallel_for);
   require_consistent(op, good, bank.packed.count);
   return grad_x;
+}
+
+void add_low_rank_(Tensor y, const Tensor x, const Tensor left, const Tensor right,
+                   const Tensor rank_ptr, const Tensor route) {
+  const char* op = "add_low_rank_";
+  const Matrix out = matrix_of({op, "y"}, y);
+  const Matrix in = matrix_of({op, "x"}, x);
+  const Matrix to = matrix_of({op, "left"}, left);
+  const Matrix from = matrix_of({op, "right"}, right);
+  require_type({op, "rank_ptr"}, rank_ptr, ScalarType::Long);
+  require_dims({op, "rank_ptr"}, rank_ptr, 1);
+  require_cpu({op, "rank_ptr"}, rank_ptr);
+  require_rows_to_change(op, out, in);
+  require(to.dtype == from.dtype, op, ": right is ", name_of(right.scalar_type()), " but left is ",
+          name_of(left.scalar_type()));
+  require(to.rows == from.rows, op, ": left has ", to.rows, " rows, right has ", from.rows);
+  require(out.columns == to.columns, op, ": y has d_out = ", out.columns, ", left has ",
+          to.columns);
+  require(in.columns == from.columns, op, ": x has d_in = ", in.columns, ", right has ",
+          from.columns);
+  const int64_t entries = rank_ptr.size(0) - 1;
+  require(entries >= 0, op, ": rank_ptr must have an entry a shard, plus one, got none");
+  const Tensor held_ranks = torch::stable::contiguous(rank_ptr);
+  const int64_t* ranks = static_cast<const int64_t*>(held_ranks.const_data_ptr());
+  bool good = ranks[0] == 0 && ranks[entries] == to.rows;
+  for (int64_t e = 0; e < entries; ++e) good = good && ranks[e] <= ranks[e + 1];
+  require(good, op, ": rank_ptr must ascend from 0 to the ", to.rows, " rows of left and right");
+  Tensor held;
+  const int32_t* routes = routes_of(op, route, in.rows, entries, &held);
+  const Tensor held_left = torch::stable::contiguous(left);
+  const Tensor held_right = torch::stable::contiguous(right);
+  const LowRank bank{held_left.const_data_ptr(),
+                     held_right.const_data_ptr(),
+                     to.dtype,
+                     ranks,
+                     entries,
+                     to.columns};
+  add_low_rank(bank, in, y.mutable_data_ptr(), out.dtype, out.row_stride, routes, parallel_for);
 }
 
 Tensor dual_linear(const Tensor x, const Tensor weight, const std::optional<Tensor> bias,
@@ -99,6 +146,7 @@ Tensor sketch_norm_op(const Tensor x, const Tensor sketch) {
 STABLE_TORCH_LIBRARY_IMPL(wise_ext, CPU, m) {
   m.impl("add_side_", TORCH_BOX(&add_side_));
   m.impl("add_side_backward", TORCH_BOX(&add_side_backward_op));
+  m.impl("add_low_rank_", TORCH_BOX(&add_low_rank_));
   m.impl("dual_linear", TORCH_BOX(&dual_linear));
   m.impl("side_norm", TORCH_BOX(&side_norm_op));
   m.impl("sketch_norm", TORCH_BOX(&sketch_norm_op));

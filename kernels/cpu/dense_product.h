@@ -6,10 +6,11 @@
 
 namespace wise::WISE_ISA {
 
-// R rows, `columns` long, against X rows of x, padded with zeros: out[i * n + j].
+// R rows, `stride` rows apart and `columns` long, against X rows of x, padded with zeros:
+// out[i * stride * n + j].
 template <int R, int X, typename T>
-void dense_rows(const T* rows, int64_t columns, const float* x, int64_t width, int64_t n,
-                float* out) {
+void dense_rows(const T* rows, int64_t stride, int64_t columns, const float* x, int64_t width,
+                int64_t n, float* out) {
   Vec sum[R][X];
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i) {
@@ -17,22 +18,24 @@ void dense_rows(const T* rows, int64_t columns, const float* x, int64_t width, i
     for (int j = 0; j < X; ++j) sum[i][j] = Vec::zero();
   }
   const int64_t whole = columns / 16 * 16;
+  const int64_t apart = stride * columns;
   for (int64_t c = 0; c < whole; c += 16) {
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i) {
-      const Vec left = Vec::load(rows + i * columns + c);
+      __builtin_prefetch(reinterpret_cast<const char*>(rows + i * apart + c) + kAhead);
+      const Vec left = Vec::load(rows + i * apart + c);
 #pragma GCC unroll 16
       for (int j = 0; j < X; ++j) sum[i][j] = fma(left, Vec::load(x + j * width + c), sum[i][j]);
     }
   }
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i) {
-    const Few<T> rest(rows + i * columns + whole, static_cast<int>(columns - whole));
+    const Few<T> rest(rows + i * apart + whole, static_cast<int>(columns - whole));
     const Vec left = Vec::load(rest.values);
 #pragma GCC unroll 16
     for (int j = 0; j < X; ++j) {
       if (whole < columns) sum[i][j] = fma(left, Vec::load(x + j * width + whole), sum[i][j]);
-      out[i * n + j] = sum[i][j].sum();
+      out[i * stride * n + j] = sum[i][j].sum();
     }
   }
 }
@@ -46,11 +49,14 @@ void dense_up_to(int64_t most, const T* rows, int64_t count, int64_t columns, co
       return dense_up_to<X - 1>(most, rows, count, columns, x, width, n, out);
     }
   }
-  int64_t r = 0;
-  for (; r + Vec::kFlight <= count; r += Vec::kFlight) {
-    dense_rows<Vec::kFlight, X>(rows + r * columns, columns, x, width, n, out + r * n);
+  // Rows far apart are walked together, as in `dot_few`.
+  const int64_t stride = count / Vec::kFlight;
+  for (int64_t r = 0; r < stride; ++r) {
+    dense_rows<Vec::kFlight, X>(rows + r * columns, stride, columns, x, width, n, out + r * n);
   }
-  for (; r < count; ++r) dense_rows<1, X>(rows + r * columns, columns, x, width, n, out + r * n);
+  for (int64_t r = stride * Vec::kFlight; r < count; ++r) {
+    dense_rows<1, X>(rows + r * columns, 1, columns, x, width, n, out + r * n);
+  }
 }
 
 template <typename T>
@@ -80,6 +86,63 @@ void dense_dots(const void* rows, int64_t count, int64_t columns, const float* x
                 }
               }
             });
+}
+
+// R rows, `stride` apart, times X rows of scales, added to X rows of `out` in the order of the R.
+template <int R, int X, typename T>
+void axpy_rows(const T* rows, int64_t stride, int64_t columns, const float* scale, int64_t apart,
+               float* out, int64_t width) {
+  Vec by[R][X];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+    for (int i = 0; i < X; ++i) by[r][i] = Vec::all(scale[r * apart + i]);
+  }
+  for (int64_t c = 0; c < columns; c += 16) {
+    Vec row[R];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const T* from = rows + r * stride + c;
+      __builtin_prefetch(reinterpret_cast<const char*>(from) + kAhead);
+      row[r] = columns - c >= 16 ? Vec::load(from)
+                                 : Vec::load(Few<T>(from, static_cast<int>(columns - c)).values);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < X; ++i) {
+      Vec sum = Vec::load(out + i * width + c);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) sum = fma(row[r], by[r][i], sum);
+      sum.store(out + i * width + c);
+    }
+  }
+}
+
+// The first `most` rows of `out`, no more than X.
+template <int X, typename T>
+void axpy_up_to(int64_t most, const T* rows, int64_t count, int64_t stride, int64_t columns,
+                const float* scale, int64_t apart, float* out, int64_t width) {
+  if constexpr (X > 1) {
+    if (most < X) {
+      return axpy_up_to<X - 1>(most, rows, count, stride, columns, scale, apart, out, width);
+    }
+  }
+  int64_t r = 0;
+  for (; r + Vec::kFlight <= count; r += Vec::kFlight) {
+    axpy_rows<Vec::kFlight, X>(rows + r * stride, stride, columns, scale + r * apart, apart, out,
+                               width);
+  }
+  for (; r < count; ++r) {
+    axpy_rows<1, X>(rows + r * stride, stride, columns, scale + r * apart, apart, out, width);
+  }
+}
+
+template <typename T>
+void dense_axpy(const void* rows, int64_t count, int64_t stride, int64_t columns,
+                const float* scale, int64_t apart, int64_t n, float* out, int64_t width) {
+  for (int64_t i = 0; i < n; i += Vec::kFewRows) {
+    axpy_up_to<Vec::kFewRows>(n - i, static_cast<const T*>(rows), count, stride, columns, scale + i,
+                              apart, out + i * width, width);
+  }
 }
 
 }  // namespace wise::WISE_ISA

@@ -49,6 +49,21 @@ struct MaxSim {
   float floor;
 };
 
+// Shards of low rank, D_e = left_e^T right_e: entry e has rows rank_ptr[e]..rank_ptr[e + 1] of left
+// [R, d_out] and of right [R, d_in], one row after the other.
+struct LowRank {
+  const void* left;
+  const void* right;
+  Dtype dtype;
+  const int64_t* rank_ptr;  // [entries + 1], ascending within 0..R
+  int64_t entries;
+  int64_t d_out;
+};
+
+// y[n] += D_route[n] x[n]; route is within [-1, entries), and x has d_in columns.
+void add_low_rank(const LowRank& bank, const Matrix& x, void* y, Dtype y_dtype, int64_t y_stride,
+                  const int32_t* route, ParallelFor parallel);
+
 // The functions below return false when row_ptr does not agree with the mask or the values.
 
 // y[n] += D_route[n] x[n]; route is within [-1, shards).

@@ -19,6 +19,7 @@ namespace wise::WISE_ISA {
    WISE_EACH_DTYPE(side_axpy),   \
    WISE_EACH_DTYPE(dense_dot),   \
    WISE_EACH_DTYPE(dense_dots),  \
+   WISE_EACH_DTYPE(dense_axpy),  \
    WISE_EACH_DTYPE(kArrange),    \
    WISE_EACH_DTYPE(widen),       \
    WISE_EACH_DTYPE(add_rounded), \

@@ -115,6 +115,25 @@ inline int64_t block_rows(int64_t n) {
   return height / kTileRows * kTileRows;
 }
 
+// out[r * n + i] = row r . x_i for `count` dense rows and the n rows of a group.
+inline void dense_products(const void* rows, Dtype dtype, int64_t count, int64_t columns,
+                           const float* x, int64_t n, float* out) {
+  const Table& kernels = table();
+  if (n <= kernels.few) {
+    kernels.dense_dot[static_cast<int>(dtype)](rows, count, columns, x, n, out);
+    return;
+  }
+  const auto many = kernels.dense_dots[static_cast<int>(dtype)];
+  const int64_t row_bytes = columns * static_cast<int64_t>(size_of(dtype));
+  const Buffer<float> scratch = buffer<float>(kScratch);
+  const int64_t step = block_rows(n);
+  for (int64_t r = 0; r < count; r += step) {
+    const int64_t height = r + step < count ? step : count - r;
+    many(static_cast<const char*>(rows) + r * row_bytes, height, columns, x, n, scratch.get(),
+         out + r * n);
+  }
+}
+
 // use(from, to, r0, r1, side) for every group within places [first, last): the products of packed
 // rows r0..r1 of its shard with rows from..to of the order, side[(r - r0) * (to - from) + i].
 // Packed rows come block by block, or all of begin..end at once; false when row_ptr is wrong.

@@ -57,8 +57,6 @@ struct Rows {
 
 // Reading a word's values wide may touch this many past the row's last one.
 inline constexpr int64_t kSlack = 32;
-// Bytes of values fetched in advance: half a page, which goes on into the next row.
-inline constexpr int64_t kAhead = 2048;
 
 enum class Reading { kBad, kExact, kWide };
 

@@ -12,9 +12,6 @@ namespace wise {
 
 void sketch_norm(const Matrix& x, const void* sketch, Dtype dtype, int64_t shards, int64_t rank,
                  float* norms, ParallelFor parallel) {
-  const Table& kernels = table();
-  const auto few = kernels.dense_dot[static_cast<int>(dtype)];
-  const auto many = kernels.dense_dots[static_cast<int>(dtype)];
   const int64_t row_bytes = x.columns * static_cast<int64_t>(size_of(dtype));
   const int64_t count = shards * rank;
   const std::vector<int32_t> together(static_cast<std::size_t>(x.rows), 0);
@@ -26,17 +23,8 @@ void sketch_norm(const Matrix& x, const void* sketch, Dtype dtype, int64_t shard
     const int64_t n = first + kMaxRows < x.rows ? kMaxRows : x.rows - first;
     rows.gather(groups, first, first + n, groups.order() + first, parallel);
     run(parallel, count, grain_for(x.columns * n / 8), [&](int64_t begin, int64_t end) {
-      const auto row = [&](int64_t r) { return static_cast<const char*>(sketch) + r * row_bytes; };
-      if (n <= kernels.few) {
-        few(row(begin), end - begin, x.columns, rows.group(0), n, products.get() + begin * n);
-        return;
-      }
-      const Buffer<float> scratch = buffer<float>(kScratch);
-      const int64_t step = block_rows(n);
-      for (int64_t r = begin; r < end; r += step) {
-        const int64_t height = r + step < end ? step : end - r;
-        many(row(r), height, x.columns, rows.group(0), n, scratch.get(), products.get() + r * n);
-      }
+      dense_products(static_cast<const char*>(sketch) + begin * row_bytes, dtype, end - begin,
+                     x.columns, rows.group(0), n, products.get() + begin * n);
     });
     run(parallel, shards, grain_for(rank * n), [&](int64_t begin, int64_t end) {
       for (int64_t s = begin; s < end; ++s) {

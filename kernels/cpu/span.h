@@ -5,6 +5,9 @@
 
 namespace wise::WISE_ISA {
 
+// Bytes of stored rows fetched in advance: half a page, which goes on into the next row.
+inline constexpr int64_t kAhead = 2048;
+
 // The bits of a row's last mask word that stand for columns.
 inline uint32_t tail_mask(int64_t columns) {
   const int64_t rest = columns & 31;

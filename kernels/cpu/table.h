@@ -57,6 +57,11 @@ struct Table {
                              int64_t n, float* out);
   void (*dense_dots[kDtypes])(const void* rows, int64_t count, int64_t columns, const float* x,
                               int64_t n, float* scratch, float* out);
+  // out[i * width + c] += sum over r of scale[r * apart + i] * rows[r * stride + c] for n rows of
+  // `out` and `columns` columns, one r after the other; width has room for whole registers.
+  void (*dense_axpy[kDtypes])(const void* rows, int64_t count, int64_t stride, int64_t columns,
+                              const float* scale, int64_t apart, int64_t n, float* out,
+                              int64_t width);
   // Puts 32 * words floats of x in the order in which products with packed values take them; null
   // where that is the order they are in.
   void (*arrange[kDtypes])(float* x, int64_t words);

@@ -124,7 +124,7 @@ def test_a_new_answer_to_a_prompt_of_a_full_shard(
     report = editor.edit([newer, EDITS[2]], progress=False)
     assert report.conflicts == [("a", "a9")]
     # Two edits fill their shard: the replaced one takes no room.
-    assert [len(e.edits) if (e := editor._open) else 0, len(editor.memory.shards)] == [0, 2]
+    assert (editor._builder._open, len(editor.memory.shards)) == (None, 2)
     _agrees(editor, {"a": 1, "b": 0, "a9": 1, "c": 1})
     assert answer(model, tokenizer, newer.prompt) == "the Brix"
     assert all(check.ok for check in wise_ext.storage.verify(tmp_path / "m"))

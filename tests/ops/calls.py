@@ -14,6 +14,8 @@ def arguments(op: str, make_bank: Callable[..., Any], dtype: torch.dtype) -> lis
     x, y, weight = torch.randn(5, 45), torch.randn(5, 7), torch.randn(7, 45)
     x, y, weight = (t.to(dtype) for t in (x, y, weight))
     route = torch.tensor([-1, 0, 2, 2, 1], dtype=torch.int32)
+    left, right = torch.randn(6, 7).to(dtype), torch.randn(6, 45).to(dtype)
+    rank_ptr = torch.tensor([0, 4, 4, 6])
     pair = torch.tensor([0, 2], dtype=torch.int32)
     delta, mask_bits, row_ptr = bank.dense[0].float(), bank.mask_bits[0], bank.row_ptr[:8]
     m = torch.zeros(int(row_ptr[-1]))
@@ -26,6 +28,7 @@ def arguments(op: str, make_bank: Callable[..., Any], dtype: torch.dtype) -> lis
     calls: dict[str, list[tuple[Any, ...]]] = {
         "add_side_": [(y, x, *bank.tensors, route)],
         "add_side_backward": [(y.float(), *bank.tensors, route, 45)],
+        "add_low_rank_": [(y, x, left, right, rank_ptr, route)],
         "dual_linear": [
             (x, weight, None, *bank.tensors, route),
             (x, weight, y[0].clone(), *bank.tensors, route),

@@ -155,11 +155,11 @@ def test_messages_name_file_cause_and_cure(example: Any, tmp_path: Path) -> None
 def test_another_format_version_is_refused(
     example: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encoding_module, "FORMAT_VERSION", 6)
+    monkeypatch.setattr(encoding_module, "FORMAT_VERSION", 7)
     monkeypatch.setattr(encoding_module, "__version__", "9.9")
     example.save(tmp_path)
     monkeypatch.undo()
-    with pytest.raises(StorageError, match=r"format version 6, .* reads version 5: .*\(9\.9\)"):
+    with pytest.raises(StorageError, match=r"format version 7, .* reads version 6: .*\(9\.9\)"):
         load_memory_dir(tmp_path)
 
 

@@ -16,6 +16,21 @@ class Preset(StrEnum):
     paper = "paper"
 
 
+class Method(StrEnum):
+    """How edits are written."""
+
+    wise = "wise"
+    anyedit = "anyedit"
+
+
+class ChunkKind(StrEnum):
+    """Where AnyEdit cuts answers."""
+
+    needed = "needed"
+    windows = "windows"
+    sentences = "sentences"
+
+
 class Variant(StrEnum):
     """What happens to shards that are full."""
 
@@ -49,7 +64,7 @@ EditsArgument = Annotated[
     Path,
     typer.Argument(
         metavar="EDITS",
-        help="JSONL (prompt, target_new, …), EasyEdit's JSON or zsRE's.",
+        help="JSONL (prompt, target_new, …; question, answer, …), EasyEdit's JSON or zsRE's.",
         show_default=False,
     ),
 ]

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .choices import (
+    ChunkKind,
     DeviceOption,
     DtypeOption,
     EditsArgument,
     JsonOption,
     LimitOption,
+    Method,
     ModelArgument,
     OffsetOption,
     Preset,
@@ -39,6 +41,24 @@ def edit(
     ],
     limit: LimitOption = None,
     offset: OffsetOption = 0,
+    method: Annotated[
+        Method | None,
+        typer.Option(
+            "--method",
+            help="wise: short answers, trained. anyedit: answers of any length.  "
+            "[anyedit for question/answer records, else wise]",
+        ),
+    ] = None,
+    chunks: Annotated[
+        ChunkKind | None,
+        typer.Option("--chunks", help="Where AnyEdit cuts answers.  [needed]"),
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            "--window", min=1, metavar="N", help="Tokens of such a chunk at most.  [1; else 40]"
+        ),
+    ] = None,
     preset: Annotated[
         Preset, typer.Option("--preset", help="Our best settings, or the paper's.")
     ] = Preset.default,
@@ -87,7 +107,10 @@ def edit(
     check_folder(out, "--out")
     check_file(json, "--json")
 
+    from ..editing.anyedit_config import AnyEditConfig
     from ..editing.config import WiseConfig
+    from ..editing.ledger import ANYEDIT, WISE
+    from ..errors import ConfigError
 
     chosen: dict[str, Any] = {
         "variant": variant and variant.value,
@@ -103,6 +126,12 @@ def edit(
         seed=seed,
         **{name: value for name, value in chosen.items() if value is not None},
     )
+    how = (method and method.value) or (ANYEDIT if all(e.is_long for e in records) else WISE)
+    cut = {"chunks": chunks and chunks.value, "window": window}
+    cut = {name: value for name, value in cut.items() if value is not None}
+    if cut and how != ANYEDIT:
+        raise ConfigError(f"--{next(iter(cut))} is of --method anyedit: these edits are for wise")
+    passages = AnyEditConfig.preset(preset.value, **cut) if how == ANYEDIT else None
 
     from ..editing.editor import Editor
     from ..editing.progress import progress_bar
@@ -111,9 +140,9 @@ def edit(
 
     network, tokenizer = load_model(model, dtype=dtype, device=device)
     try:
-        editor = Editor(network, tokenizer, config, directory=out, resume=resume)
+        editor = Editor(network, tokenizer, config, directory=out, resume=resume, anyedit=passages)
         with progress_bar("editing") as move:
-            report = editor.edit(records, progress=move)  # saves in out when it is done
+            report = editor.edit(records, progress=move, method=how)  # saves in out, when done
     except KeyboardInterrupt:
         kept = f"what was done so far is kept in {out}: run the same command with --resume to go on"
         raise KeyboardInterrupt(

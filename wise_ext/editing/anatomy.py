@@ -176,6 +176,19 @@ def run_until_stopped(model: nn.Module, ids: Tensor) -> None:
         model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
 
 
+def returns_tuples(model: nn.Module, block: nn.Module) -> bool:
+    """Whether a block hands its hidden state on in a tuple."""
+    kinds: list[bool] = []
+    hook = block.register_forward_hook(lambda m, args, out: kinds.append(isinstance(out, tuple)))
+    try:
+        with torch.no_grad():
+            ids = torch.ones(1, 1, dtype=torch.long, device=next(model.parameters()).device)
+            model(input_ids=ids, use_cache=False)
+    finally:
+        hook.remove()
+    return kinds[0]
+
+
 def first(output: Any) -> Tensor:
     """A block's hidden state, which some architectures return in a tuple."""
     return output if isinstance(output, Tensor) else output[0]

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from wise_ext.editing.anyedit_config import AnyEditConfig
 from wise_ext.errors import ConfigError
 from wise_ext.memory.merging import METHODS
+
+Settings = TypeVar("Settings", "WiseConfig", AnyEditConfig)
 
 _CHOICES = {
     "router": ("key", "indicator"),
@@ -172,7 +175,7 @@ class WiseConfig:
         return replace(self, **changes)
 
 
-def settled(given: WiseConfig | None, stored: WiseConfig, directory: Path) -> WiseConfig:
+def settled(given: Settings | None, stored: Settings, directory: Path) -> Settings:
     """The settings of a memory that is edited on; they cannot change on the way.
 
     Raises:

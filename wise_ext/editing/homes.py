@@ -4,6 +4,9 @@ A new edit invites, as its guests, the edits of full shards that its prompt coul
 that could be taken for it. They are trained again, together with it, in its shard, and found there
 from then on: telling them apart is a matter of training then, and not of routing. Every entry of
 the ledger names the guests it asked for, so that a shard can be trained again from the ledger.
+
+A passage (an edit written by AnyEdit) has a shard of its own. It is nobody's guest; as its guests
+count the edits whose prompt it answers anew, which are found there from then on.
 """
 
 from __future__ import annotations
@@ -13,9 +16,9 @@ from typing import Any
 
 from wise_ext.editing.cueing import cue_numbers
 from wise_ext.editing.edits import Edit, find_conflicts, squeezed
-from wise_ext.editing.ledger import edit_of, was_trained
+from wise_ext.editing.ledger import edit_of, is_passage, was_trained
 from wise_ext.editing.parts import Parts, steps_of
-from wise_ext.memory import SideMemory, TokenKeys
+from wise_ext.memory import NO_CUE, SideMemory, TokenKeys
 
 Ledger = Sequence[dict[str, Any]]
 
@@ -42,12 +45,21 @@ def guests_for(
     index = memory.key_index
     if index is None or not parts.apart:
         return {edit.id: [] for edit in edits}
-    full = {e["id"] for e in ledger if e["part"] < parts.closed}
+    full = {e["id"] for e in ledger if e["part"] < parts.closed and not is_passage(e)}
+    anew = answered_anew([e for e in ledger if is_passage(e)], edits)
     near = index.like(keys, memory.radius)
     return {
-        edit.id: [name for name in names if name in full]
+        edit.id: [name for name in names if name in full] + anew[edit.id]
         for edit, names in zip(edits, near, strict=True)
     }
+
+
+def answered_anew(ledger: Ledger, edits: Sequence[Edit]) -> dict[str, list[str]]:
+    """By new edit, the edits of a ledger that have its prompt."""
+    there: dict[str, list[str]] = {}
+    for entry in ledger:
+        there.setdefault(squeezed(entry["record"]["prompt"]), []).append(entry["id"])
+    return {edit.id: there.get(squeezed(edit.prompt), []) for edit in edits}
 
 
 def invited(
@@ -56,15 +68,15 @@ def invited(
     """The guests of new edits that are not ``there`` in the shard yet and still say what holds."""
     present = {edit.id for edit in (*there, *edits)}
     wanted = {name for edit in edits for name in guests[edit.id]} - present
-    known = [edit_of(e) for e in ledger if e["id"] in wanted]
+    known = [edit_of(e) for e in ledger if e["id"] in wanted and not is_passage(e)]
     replaced = {older for older, _ in find_conflicts([*known, *there, *edits])}
     return [edit for edit in known if edit.id not in replaced]
 
 
 def trained_in(ledger: Ledger, part: int) -> list[Edit]:
-    """What a part was trained on, guests included, in order."""
+    """What a part was trained on, guests included, in order; nothing, if it is a passage."""
     there: list[Edit] = []
-    for _, entries in steps_of(ledger, part):
+    for _, entries in steps_of([e for e in ledger if not is_passage(e)], part):
         there += joining(ledger, there, entries)
     return there
 
@@ -85,7 +97,7 @@ def settle(
         parts: where they went.
         ledger: all edits so far.
         trained: of the parts that have changed, what they were trained on; their edits' cues are
-            settled anew.
+            settled anew. A passage has none.
     """
     homes = homes_of(ledger)
     held: list[list[str]] = [[] for _ in memory.shards]
@@ -101,7 +113,7 @@ def settle(
         for part, edits in trained.items():
             cues = cue_numbers(edits, [asked[edit.id] for edit in edits])
             found = (name for name in numbers if homes[name] == part)
-            numbers.update({name: cues[prompts[name]] for name in found})
+            numbers.update({name: cues.get(prompts[name], NO_CUE) for name in found})
         index.place([parts.slot(homes[n]) for n in index.ids], [numbers[n] for n in index.ids])
     if parts.apart:
         for shard, ids in zip(memory.shards, held, strict=True):

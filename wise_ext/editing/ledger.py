@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from wise_ext.editing.edits import Edit
+from wise_ext.editing.wise import Outcome
 from wise_ext.errors import DataError
+from wise_ext.storage import ledger_entry
+
+#: How edits are written; the names are the ledger's.
+WISE, ANYEDIT = METHODS = ("wise", "anyedit")
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,40 @@ class EditReport:
     rounding: float = 0.0
 
 
+def entry_of(
+    edit: Edit,
+    outcome: Outcome | None,
+    *,
+    method: str,
+    part: int,
+    slot: int,
+    step: int,
+    guests: list[str],
+) -> dict[str, Any]:
+    """The ledger's entry for an edit.
+
+    Args:
+        edit: what was asked for.
+        outcome: how it went; None for an edit that a later one of its step supersedes.
+        method: one of ``METHODS``.
+        part: the part it was written in; ``slot``: the memory's shard that this is.
+        step: the number of the step.
+        guests: what was asked in with it.
+    """
+    entry = ledger_entry(
+        asdict(edit),
+        locality_prompt=outcome.locality_prompt if outcome else edit.locality_prompt,
+        shard=slot if outcome else None,
+        step=step,
+        iterations=outcome.iterations if outcome else 0,
+        losses=outcome.losses if outcome else {},
+        indicator=outcome.indicator if outcome else None,
+        guests=guests,
+    )
+    converged = bool(outcome and outcome.converged)
+    return entry | {"part": part, "method": method, "converged": converged}
+
+
 def edit_of(entry: dict[str, Any]) -> Edit:
     """The edit that a ledger entry records."""
     return Edit(**entry["record"])
@@ -45,6 +84,11 @@ def edit_of(entry: dict[str, Any]) -> Edit:
 def was_trained(entry: dict[str, Any]) -> bool:
     """Of two edits with one prompt in one step the older is recorded, and not trained."""
     return entry["shard"] is not None
+
+
+def is_passage(entry: dict[str, Any]) -> bool:
+    """Whether an edit was written by AnyEdit, into a shard of its own."""
+    return bool(entry["method"] == ANYEDIT)
 
 
 def check_ids(edits: Sequence[Edit], taken: set[str]) -> None:

@@ -42,10 +42,14 @@ def margin_loss(edit: Tensor, unrelated: Tensor, margins: Margins) -> Tensor:
 def greedy_by(output: SuffixOutput, margins: Tensor) -> Tensor:
     """Which rows [rows] bool have every label ahead of all other tokens by ``margins`` [rows], in
     logits."""
-    label = output.labels[:, None]
-    own = output.logits.gather(1, label).squeeze(1)
-    rival = output.logits.scatter(1, label, -torch.inf).amax(1)
-    failed = output.row[own - rival < margins[output.row]]
-    done = torch.ones(len(margins), dtype=torch.bool, device=own.device)
+    failed = output.row[leads(output.logits, output.labels) < margins[output.row]]
+    done = torch.ones(len(margins), dtype=torch.bool, device=failed.device)
     done[failed] = False
     return done
+
+
+def leads(logits: Tensor, labels: Tensor) -> Tensor:
+    """By how much each label [n] is ahead of every other token of ``logits`` [n, vocabulary]."""
+    label = labels[:, None]
+    own = logits.gather(1, label).squeeze(1)
+    return own - logits.scatter(1, label, -torch.inf).amax(1)

@@ -191,10 +191,23 @@ class SuffixEngine:
         side matmul; pads follow them and, attention being causal, never reach them.
         """
         side, norms = self.side(rows, delta, mask_bits)
+        return Replayed(*self.above(rows, side), prompt_mean(rows, norms))
+
+    def above(self, rows: Sequence[Row], outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The suffix over captured rows with ``outputs`` in place of their ``base``.
+
+        Args:
+            rows: captured.
+            outputs: [tokens of all rows, d_model]; differentiable.
+
+        Returns:
+            Hidden states [n, d_model] at the label positions, ready for ``logits``, the row each
+            belongs to [n], and its label [n].
+        """
         lengths = [len(r) for r in rows]
         width = _round_up(max(lengths))
         index = places_on_grid(lengths, width, self.device)
-        hidden = on_grid(side, index, len(rows), width)
+        hidden = on_grid(outputs, index, len(rows), width)
         if not self.additive:
             inputs = torch.cat([r.inputs for r in rows if r.inputs is not None])
             hidden = self._block_with_projection(
@@ -211,8 +224,7 @@ class SuffixEngine:
         hidden = hidden.reshape(-1, hidden.shape[-1])[flat]
         for last in self._tail[:-1]:
             hidden = last(hidden)
-        labels = torch.cat([r.labels for r in rows])
-        return Replayed(hidden, row, labels, prompt_mean(rows, norms))
+        return hidden, row, torch.cat([r.labels for r in rows])
 
     @contextmanager
     def in_half(self) -> Iterator[None]:

@@ -139,7 +139,7 @@ class WiseWriter:
         ids = ",".join(edit.id for edit in edits)
         rng = random.Random(draw_seed(self._config.seed, "draws", shard.number, ids))
         half = self._engine.in_half() if self._coach.in_half else nullcontext()
-        with _frozen(self._engine.model), half:
+        with frozen(self._engine.model), half:
             lesson = _Lesson(self, shard, new, old, others, rng)
             lesson.run(progress)
         shard.edits.extend(edits)
@@ -337,7 +337,7 @@ class _Lesson:
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """No parameter of the model takes a gradient meanwhile."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     for p in trainable:

@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from wise_ext.editing.anyedit_config import AnyEditConfig
 from wise_ext.editing.config import WiseConfig
 from wise_ext.editing.contexts import sample_contexts
+from wise_ext.editing.parts import Parts
+from wise_ext.editing.passages import PassageWriter
 from wise_ext.editing.practice import Coach, draw_seed
 from wise_ext.editing.suffix import SuffixEngine
 from wise_ext.editing.wise import WiseWriter
@@ -53,7 +56,22 @@ class Workshop:
         self._cue = self.coach.cue_size() if self._key_layer is not None else 0.0
         cues = Cues(self._cue, self._shape[1]) if self._cue else None
         self.writer = WiseWriter(self.coach, config, self._shape, margins, cues)
+        self._tokenizer = tokenizer
         model.train(training)
+
+    def passages(self, config: AnyEditConfig) -> PassageWriter:
+        """A writer of edits with answers of any length.
+
+        Raises:
+            ConfigError: the memory could not hold them beside its other edits.
+        """
+        c = self._config
+        if c.router != "key":
+            raise ConfigError(f"anyedit is found by keys: use router='key', not {c.router!r}")
+        if not Parts.of(c).apart:
+            raise ConfigError("anyedit merges nothing: use variant='retrieve', shards_per_merge=1")
+        engine, half = self.coach.engine, self.coach.in_half
+        return PassageWriter(engine, self._tokenizer, config, c.chat_template, half)
 
     def empty_memory(self) -> SideMemory:
         """A memory without shards, its key index (if it routes by key) knowing what neutral texts

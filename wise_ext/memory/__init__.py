@@ -1,8 +1,9 @@
-"""Side memories as plain tensors: masks, shards, the packed bank, merging and routing."""
+"""Side memories as plain tensors: masks, shards, their banks, merging and routing."""
 
 from wise_ext.memory.bank import PackedBank
 from wise_ext.memory.cues import NO_CUE, Cues, cue_number
 from wise_ext.memory.key_index import KeyIndex
+from wise_ext.memory.low_rank import LowRankBank, LowRankShard
 from wise_ext.memory.masks import (
     bits_to_bool,
     bool_to_bits,
@@ -11,6 +12,7 @@ from wise_ext.memory.masks import (
     row_counts,
 )
 from wise_ext.memory.merging import METHODS, merge
+from wise_ext.memory.mixed_bank import MixedBank
 from wise_ext.memory.routing import (
     MAIN,
     Decision,
@@ -32,6 +34,9 @@ __all__ = [
     "IndicatorRouter",
     "KeyIndex",
     "KeyRouter",
+    "LowRankBank",
+    "LowRankShard",
+    "MixedBank",
     "PackedBank",
     "Router",
     "Shard",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from wise_ext.errors import ConfigError
-from wise_ext.memory import bank_form
+from wise_ext.memory import bank_form, low_rank_form
 from wise_ext.memory.bank import PackedBank
 from wise_ext.memory.cues import Cues
 from wise_ext.memory.key_index import KeyIndex
+from wise_ext.memory.low_rank import LowRankBank, LowRankShard
 from wise_ext.memory.masks import bool_to_bits
 from wise_ext.memory.merging import DEFAULT_DENSITY, merge
+from wise_ext.memory.mixed_bank import MixedBank
 from wise_ext.memory.packed import Packed
 from wise_ext.memory.routing import IndicatorRouter, KeyRouter, Router
 from wise_ext.memory.shards import Shard
@@ -34,7 +36,7 @@ class SideMemory:
     Attributes:
         layer: module path of the edited down projection.
         shape: its ``(d_out, d_in)``.
-        shards: sealed shards; a shard's route is its place in this list.
+        shards: sealed shards, packed or of low rank; a shard's route is its place in this list.
         routing: ``"key"`` (nearest stored key) or ``"indicator"`` (the paper, Eq. 3-6).
         key_layer: module path of the projection whose input is the key; before ``layer`` or it.
         key_index: the stored keys.
@@ -45,13 +47,14 @@ class SideMemory:
         stored: ``"exact"`` or ``"int8"``: what the shards' values are rounded to on disk.
 
     Raises:
-        ConfigError: routing, variant or stored unknown, or key routing without layer and index.
+        ConfigError: routing, variant or stored unknown, key routing without layer and index, or a
+            low-rank shard without key routing (its indicator says nothing about prompts).
         ValueError: a shard of another shape or dtype than the rest.
     """
 
     layer: str
     shape: tuple[int, int]
-    shards: list[Shard] = field(default_factory=list)
+    shards: list[Shard | LowRankShard] = field(default_factory=list)
     routing: str = "key"
     key_layer: str | None = None
     key_index: KeyIndex | None = None
@@ -91,11 +94,12 @@ class SideMemory:
         return sum(shard.nbytes(dtype) for shard in self.shards)
 
     def rounding(self) -> float:
-        """Return by how much ``stored`` puts the shards' values off: the root mean square of the
-        differences over that of the values."""
-        if self.stored == "exact" or not any(shard.nnz for shard in self.shards):
+        """Return by how much ``stored`` puts the packed shards' values off: the root mean square of
+        the differences over that of the values."""
+        masked, _ = self._by_kind()
+        if self.stored == "exact" or not any(shard.nnz for shard in masked):
             return 0.0
-        bank = self.bank(torch.float32)
+        bank = self._packed_bank(masked, torch.float32)
         rounded = bank_form.from_bytes(*bank_form.to_bytes(bank.values, bank.row_ptr), bank.row_ptr)
         size = float(bank.values.norm())
         return float((rounded - bank.values).norm()) / size if size else 0.0
@@ -109,23 +113,39 @@ class SideMemory:
 
     def bank(
         self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-    ) -> PackedBank:
-        """Return the packed bank of all shards; see ``PackedBank.from_shards``.
+    ) -> PackedBank | MixedBank:
+        """Return the bank of all shards; see ``PackedBank.from_shards``.
 
-        Banks of one dtype on the CPU share their tensors for as long as shards are only added,
-        which copies none of those there are (but now and then, for room); and those of a stored
-        memory's own dtype lie where its file is mapped: however many models use a memory, it is
-        there once.
+        Packed banks of one dtype on the CPU share their tensors for as long as shards are only
+        added, which copies none of those there are (but now and then, for room); and those of a
+        stored memory's own dtype lie where its file is mapped: however many models use a memory,
+        it is there once.
         """
+        masked, low = self._by_kind()
+        packed = self._packed_bank(masked, dtype, device)
+        if not low:
+            return packed
+        is_low = [isinstance(shard, LowRankShard) for shard in self.shards]
+        factors = LowRankBank.from_shards(low, self.shape, dtype, device)
+        return MixedBank(packed, factors, is_low)
+
+    def _by_kind(self) -> tuple[list[Shard], list[LowRankShard]]:
+        """The packed shards and those of low rank, each in order."""
+        masked = [shard for shard in self.shards if isinstance(shard, Shard)]
+        return masked, [shard for shard in self.shards if isinstance(shard, LowRankShard)]
+
+    def _packed_bank(
+        self, shards: list[Shard], dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> PackedBank:
         if torch.device(device).type != "cpu":
-            return PackedBank.from_shards(self.shards, self.shape, dtype, device)
+            return PackedBank.from_shards(shards, self.shape, dtype, device)
         packed = self._packed.get(dtype)
-        if packed is None or not packed.begins(self.shards):
+        if packed is None or not packed.begins(shards):
             packed = Packed.of(self.shape, dtype)
-        self._packed[dtype] = packed = packed.grown(self.shards)
+        self._packed[dtype] = packed = packed.grown(shards)
         return PackedBank(*packed.tensors(), self.shape)
 
-    def router(self, bank: PackedBank | None = None) -> Router | None:
+    def router(self, bank: PackedBank | MixedBank | None = None) -> Router | None:
         """Return the router of the memory as it is now, or None where there is no shard.
 
         Args:
@@ -138,9 +158,11 @@ class SideMemory:
             cues = Cues(self.cue, self.shape[1]) if self.cue else None
             return KeyRouter(self.key_layer, self.key_index, self.radius, self.lead, cues)
         thresholds = [shard.threshold for shard in self.shards]
-        return IndicatorRouter(self.layer, bank or self.bank(), thresholds)
+        packed = bank or self.bank()
+        assert isinstance(packed, PackedBank)  # _check has seen to it
+        return IndicatorRouter(self.layer, packed, thresholds)
 
-    def add_shard(self, shard: Shard) -> int:
+    def add_shard(self, shard: Shard | LowRankShard) -> int:
         """Append a shard and return its route.
 
         Raises:
@@ -150,7 +172,7 @@ class SideMemory:
         self.shards.append(shard)
         return len(self.shards) - 1
 
-    def replace_shard(self, index: int, shard: Shard) -> None:
+    def replace_shard(self, index: int, shard: Shard | LowRankShard) -> None:
         """Put a rebuilt shard in the place of another; keys keep pointing there.
 
         Raises:
@@ -218,8 +240,12 @@ class SideMemory:
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Return all tensors by name: the bank (see ``bank_form``) and the key index."""
-        dtype = self.shards[0].values.dtype if self.shards else torch.float32
-        tensors = bank_form.stored(self.shards, self.bank(dtype), self.stored == "int8")
+        masked, low = self._by_kind()
+        dtype = masked[0].values.dtype if masked else torch.float32
+        bank = self._packed_bank(masked, dtype)
+        tensors = bank_form.stored(masked, bank, self.stored == "int8")
+        if low:
+            tensors |= low_rank_form.stored(low)
         if self.key_index is not None:
             for name, tensor in self.key_index.state_tensors().items():
                 tensors[_KEYS + name] = tensor
@@ -237,7 +263,7 @@ class SideMemory:
             "lead": self.lead,
             "cue": self.cue,
             "stored": self.stored,
-            "shards": [{"edit_ids": list(s.edit_ids), "seed": s.seed} for s in self.shards],
+            "shards": [_described(shard) for shard in self.shards],
             "key_index": None if self.key_index is None else self.key_index.state_meta(),
         }
 
@@ -251,11 +277,12 @@ class SideMemory:
         """
         d_out, d_in = (int(size) for size in meta["shape"])
         entries = meta["shards"]
-        mask_bits, values, row_ptr = bank_form.restored(tensors, len(entries), (d_out, d_in))
-        shards = []
-        for index, entry in enumerate(entries):
+        masked = [entry for entry in entries if "rank" not in entry]
+        mask_bits, values, row_ptr = bank_form.restored(tensors, len(masked), (d_out, d_in))
+        packed = []
+        for index, entry in enumerate(masked):
             pointers = row_ptr[index * d_out : (index + 1) * d_out + 1]
-            shards.append(
+            packed.append(
                 Shard(
                     mask_bits[index],
                     values[int(pointers[0]) : int(pointers[-1])],
@@ -266,6 +293,9 @@ class SideMemory:
                     int(entry["seed"]),
                 )
             )
+        low = low_rank_form.restored(tensors, [e for e in entries if "rank" in e], (d_out, d_in))
+        each: dict[bool, Iterator[Shard | LowRankShard]] = {False: iter(packed), True: iter(low)}
+        shards = [next(each["rank" in entry]) for entry in entries]
         key_index = None
         if meta["key_index"] is not None:
             keys = {n.removeprefix(_KEYS): t for n, t in tensors.items() if n.startswith(_KEYS)}
@@ -285,13 +315,24 @@ class SideMemory:
             float(meta["cue"]),
             meta["stored"],
         )
-        memory._packed[values.dtype] = Packed(tuple(shards), mask_bits, values, row_ptr)
+        memory._packed[values.dtype] = Packed(tuple(packed), mask_bits, values, row_ptr)
         return memory
 
-    def _check(self, shard: Shard) -> None:
+    def _check(self, shard: Shard | LowRankShard) -> None:
         if shard.shape != self.shape:
             raise ValueError(f"the shard is {shard.shape}, {self.layer} is {self.shape}")
-        if self.shards and shard.values.dtype != self.shards[0].values.dtype:
+        if isinstance(shard, LowRankShard):
+            if self.routing != "key":
+                raise ConfigError("a low-rank shard is found by its key: use router='key'")
+            return
+        masked = next((s for s in self.shards if isinstance(s, Shard)), shard)
+        if shard.values.dtype != masked.values.dtype:
             raise ValueError(
-                f"the shard holds {shard.values.dtype}, the memory {self.shards[0].values.dtype}"
+                f"the shard holds {shard.values.dtype}, the memory {masked.values.dtype}"
             )
+
+
+def _described(shard: Shard | LowRankShard) -> dict[str, Any]:
+    """A shard but for its tensors; its rank tells that it has one."""
+    about = {"edit_ids": list(shard.edit_ids), "seed": shard.seed}
+    return about | {"rank": shard.rank} if isinstance(shard, LowRankShard) else about

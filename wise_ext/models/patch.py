@@ -9,7 +9,7 @@ from torch import nn
 
 from wise_ext import ops
 from wise_ext.errors import ModelError
-from wise_ext.memory import PackedBank, Router, SideMemory
+from wise_ext.memory import MixedBank, PackedBank, Router, SideMemory
 from wise_ext.models.generation import wrap_generate
 from wise_ext.models.installed import ATTRIBUTE, Patch, installed_patch, patch_of
 from wise_ext.models.routing import Routing
@@ -67,13 +67,13 @@ def patch(model: nn.Module, memory: SideMemory, dtype: torch.dtype | None = None
     chosen, device = _values_of(model, base)
     # Implementations are picked now and not in a forward pass: one that was asked for and cannot
     # be had is refused while the model is as it was.
-    for op in _INFERENCE_OPS:
-        ops.backend(op, device)
     bank = memory.bank(dtype or chosen, device)
+    for op in (*_INFERENCE_OPS, *(["add_low_rank_"] if isinstance(bank, MixedBank) else [])):
+        ops.backend(op, device)
     router = memory.router(bank)
     if router is not None:
         _check_order(model, router.layer, layer)
-    if current is not None and router is not None and _fits(current, model, memory, router):
+    if current is not None and router is not None and _fits(current, model, memory, bank, router):
         current.renew(memory, bank, router)
         return
     if current is not None:
@@ -124,7 +124,7 @@ def _install(
     model: nn.Module,
     memory: SideMemory,
     base: nn.Module,
-    bank: PackedBank,
+    bank: PackedBank | MixedBank,
     router: Router | None,
 ) -> None:
     state = RouteState()
@@ -146,13 +146,20 @@ def _install(
     vars(model)[ATTRIBUTE] = Patch(memory, dual, routing, handles, own)
 
 
-def _fits(current: Patch, model: nn.Module, memory: SideMemory, router: Router) -> bool:
+def _fits(
+    current: Patch,
+    model: nn.Module,
+    memory: SideMemory,
+    bank: PackedBank | MixedBank,
+    router: Router,
+) -> bool:
     """Whether what is installed can take this memory as it stands: then nothing that was compiled
     has to be compiled anew."""
     there, parent = current.routing.router, _parent_of(model, current.memory.layer)
     return (
         current.memory.layer == memory.layer
         and parent[0]._modules.get(parent[1]) is current.dual
+        and type(bank) is type(current.dual.bank)
         and type(router) is type(there)
         and router.layer == there.layer
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from wise_ext.errors import ModelError
-from wise_ext.memory.bank import PackedBank
+from wise_ext.memory import MixedBank, PackedBank
 from wise_ext.nn.route_state import RouteState
 
 _BASE = "base."
@@ -25,7 +25,7 @@ class DualLinear(nn.Module):
 
     Args:
         base: the original projection, from `[..., d_in]` to `[..., d_out]`.
-        bank: packed shards of shape `(d_out, d_in)`, values in fp32, bf16 or fp16.
+        bank: shards of shape `(d_out, d_in)` in fp32, bf16 or fp16.
         state: the routes of the running forward pass, int32 `[B]`. Rows of the input that belong
             to one row of the batch lie next to each other: `[B, T, d_in]` or `[B * T, d_in]`.
 
@@ -33,7 +33,7 @@ class DualLinear(nn.Module):
         ModelError: when called before the route is known (the router's layer lies above this one).
     """
 
-    def __init__(self, base: nn.Module, bank: PackedBank, state: RouteState) -> None:
+    def __init__(self, base: nn.Module, bank: PackedBank | MixedBank, state: RouteState) -> None:
         super().__init__()
         self.base = base
         self.bank = bank

@@ -1,4 +1,4 @@
-"""The operations on the packed bank and on the shard in training.
+"""The operations on the packed bank, on low-rank shards and on the shard in training.
 
 Shapes: `mask_bits` int32 [k, d_out, W] with W = ceil(d_in / 32), bit j of word w standing for
 column 32*w + j; `values` [nnz] fp32/bf16/fp16, the masked entries of all shards in row-major
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wise_ext.ops.autograd import DualLinearTrain, SideProduct, needs_grad
+from wise_ext.ops.autograd import DualLinearTrain, LowRankProduct, SideProduct, needs_grad
 from wise_ext.ops.backends import (
     CHOICES,
     ISAS,
@@ -36,6 +36,7 @@ __all__ = [
     "FEW_ROWS",
     "ISAS",
     "OPS",
+    "add_low_rank_",
     "add_side_",
     "backend",
     "cpu_isa",
@@ -73,6 +74,26 @@ def add_side_(
         y.add_(side)
         return
     resolve("add_side_", y, y.shape[0])(y, x, mask_bits, values, row_ptr, route)
+
+
+def add_low_rank_(
+    y: Tensor, x: Tensor, left: Tensor, right: Tensor, rank_ptr: Tensor, route: Tensor
+) -> None:
+    """Add low-rank shards' output in place: `y[n] += left_e^T (right_e x[n])`, e = route[n].
+
+    Shard e is `D_e = left_e^T right_e`, of rows rank_ptr[e]..rank_ptr[e + 1] of left [R, d_out]
+    and right [R, d_in], both in one of fp32/bf16/fp16; rank_ptr int64 [k + 1] ascends from 0 to R,
+    and a shard may have none. y [N, d_out] (rows contiguous) and x [N, d_in] in fp32/bf16/fp16,
+    not necessarily the same; route int32 [N], -1 leaving the row on the main memory. One rounding
+    into y's dtype; a row's result does not depend on the other rows. Differentiable in y and x.
+    """
+    if needs_grad(y, x):
+        side = LowRankProduct.apply(  # type: ignore[no-untyped-call]
+            x, left, right, rank_ptr, route
+        )
+        y.add_(side)
+        return
+    resolve("add_low_rank_", y)(y, x, left, right, rank_ptr, route)
 
 
 def dual_linear(

@@ -47,6 +47,34 @@ class SideProduct(torch.autograd.Function):
         return grad_x.to(ctx.x_dtype), None, None, None, None
 
 
+class LowRankProduct(torch.autograd.Function):
+    """`left_e^T right_e x[n]`, e = route[n]: differentiable in x; left and right are constants."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, left: Tensor, right: Tensor, rank_ptr: Tensor, route: Tensor
+    ) -> Tensor:
+        """x [N, d_in] to fp32 (fp64 for fp64) [N, d_out]; rows on the main memory give zeros."""
+        ctx.save_for_backward(left, right, rank_ptr, route)
+        ctx.x_dtype = x.dtype
+        return _low_rank(x, left, right, rank_ptr, route)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        """Gradient in x only: the transpose has left and right exchanged."""
+        left, right, rank_ptr, route = ctx.saved_tensors
+        grad_x = _low_rank(grad, right, left, rank_ptr, route)
+        return grad_x.to(ctx.x_dtype), None, None, None, None
+
+
+def _low_rank(x: Tensor, left: Tensor, right: Tensor, rank_ptr: Tensor, route: Tensor) -> Tensor:
+    wide = torch.float64 if torch.float64 in (x.dtype, left.dtype) else torch.float32
+    side = torch.zeros(x.shape[0], left.shape[1], dtype=wide, device=x.device)
+    resolve("add_low_rank_", side)(side, x, left, right, rank_ptr, route)
+    return side
+
+
 class DualLinearTrain(torch.autograd.Function):
     """Side output and indicator of the shard being trained (Eq. 3), with masked gradients."""
 

@@ -180,6 +180,52 @@ def side(
     route(op, routes, x.shape[0], x.device)
 
 
+def low_rank(
+    op: str,
+    y: Tensor,
+    x: Tensor,
+    left: Tensor,
+    right: Tensor,
+    rank_ptr: Tensor,
+    routes: Tensor,
+) -> None:
+    """`add_low_rank_`'s arguments: left [R, d_out], right [R, d_in], rank_ptr [k + 1], routes."""
+    dims(op, 2, y=y, x=x, left=left, right=right)
+    floating(op, y=y, x=x, left=left, right=right)
+    integer(op, torch.int64, rank_ptr=rank_ptr)
+    dims(op, 1, rank_ptr=rank_ptr)
+    require(y.shape[0] == x.shape[0], f"{op}: y has {y.shape[0]} rows, x has {x.shape[0]}")
+    contiguous_rows(op, "y", y)
+    same_device(op, x=x, y=y, left=left, right=right, rank_ptr=rank_ptr)
+    require(left.dtype == right.dtype, f"{op}: right is {right.dtype} but left is {left.dtype}")
+    require(
+        left.shape[0] == right.shape[0],
+        f"{op}: left has {left.shape[0]} rows, right has {right.shape[0]}",
+    )
+    require(
+        y.shape[1] == left.shape[1],
+        f"{op}: y has d_out = {y.shape[1]}, left has {left.shape[1]}",
+    )
+    require(
+        x.shape[1] == right.shape[1],
+        f"{op}: x has d_in = {x.shape[1]}, right has {right.shape[1]}",
+    )
+    require(
+        rank_ptr.shape[0] > 0,
+        f"{op}: rank_ptr must have an entry a shard, plus one, got none",
+    )
+    route(op, routes, x.shape[0], x.device)
+
+
+def ranks_fit(op: str, rank_ptr: Tensor, rows: int) -> None:
+    """rank_ptr must go from 0 to the number of rows, never down (reads the data)."""
+    good = (rank_ptr.diff() >= 0).all() & (rank_ptr[0] == 0) & (rank_ptr[-1] == rows)
+    require(
+        bool(good),
+        f"{op}: rank_ptr must ascend from 0 to the {rows} rows of left and right",
+    )
+
+
 def linear(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """`F.linear`'s arguments: x [N, d_in], weight [d_out, d_in], bias [d_out], one dtype."""
     floating(op, x=x, weight=weight)
@@ -258,28 +304,6 @@ def entries(
     )
 
 
-def train(op: str, x: Tensor, delta: Tensor, mask_bits: Tensor) -> None:
-    """x [N, d_in], delta fp32 [d_out, d_in] and its mask."""
-    floating(op, x=x)
-    full_precision(op, delta=delta)
-    dims(op, 2, x=x, delta=delta)
-    same_device(op, x=x, delta=delta, mask_bits=mask_bits)
-    require(
-        x.shape[1] == delta.shape[1],
-        f"{op}: x has d_in = {x.shape[1]}, delta has {delta.shape[1]}",
-    )
-    mask(op, mask_bits, delta.shape[0], delta.shape[1])
-
-
-def activations(op: str, name: str, tensor: Tensor, rows: int, columns: int) -> None:
-    """`tensor` must be floating point of shape [rows, columns]."""
-    floating(op, **{name: tensor})
-    require(
-        tuple(tensor.shape) == (rows, columns),
-        f"{op}: {name} must have shape [{rows}, {columns}], got {list(tensor.shape)}",
-    )
-
-
 def ties(op: str, deltas: list[Tensor], weights: list[float], density: float) -> None:
     """Equally shaped float32 deltas, one weight >= 0 each, density in (0, 1]."""
     require(len(deltas) > 0, f"{op}: needs at least one delta")
@@ -303,82 +327,6 @@ def ties(op: str, deltas: list[Tensor], weights: list[float], density: float) ->
             delta.device == deltas[0].device,
             f"{op}: deltas[{index}] is on {delta.device} but deltas[0] is on "
             f"{deltas[0].device}; all tensors must be on one device",
-        )
-
-
-def update(
-    op: str,
-    delta: Tensor,
-    grad: Tensor,
-    mask_bits: Tensor,
-    row_ptr: Tensor,
-    m: Tensor | None,
-    v: Tensor | None,
-    step: int,
-) -> None:
-    """`masked_update_` takes float32 [d_out, d_in] tensors, both packed states or neither."""
-    full_precision(op, delta=delta, grad=grad)
-    dims(op, 2, delta=delta)
-    require(delta.is_contiguous(), f"{op}: delta is changed in place, so it must be contiguous")
-    require(
-        grad.shape == delta.shape,
-        f"{op}: grad has shape {list(grad.shape)}, delta has {list(delta.shape)}",
-    )
-    mask(op, mask_bits, delta.shape[0], delta.shape[1])
-    pointers(op, row_ptr, delta.shape[0])
-    same_device(op, delta=delta, grad=grad, mask_bits=mask_bits, row_ptr=row_ptr)
-    require((m is None) == (v is None), f"{op}: give both m and v (Adam) or neither (SGD)")
-    if m is None or v is None:
-        return
-    full_precision(op, m=m, v=v)
-    same_device(op, delta=delta, m=m, v=v)
-    dims(op, 1, m=m, v=v)
-    require(m.is_contiguous() and v.is_contiguous(), f"{op}: m and v must be contiguous")
-    require(
-        m.shape == v.shape,
-        f"{op}: m has {m.shape[0]} entries, v has {v.shape[0]}",
-    )
-    require(step >= 1, f"{op}: step counts from 1, got {step}")
-
-
-def packed_states(op: str, row_ptr: Tensor, counts: Tensor, m: Tensor | None) -> None:
-    """row_ptr must index the packed optimizer states exactly (reads the data)."""
-    total = int(counts.sum()) if m is None else m.shape[0]
-    require(int(row_ptr[0]) == 0, f"{op}: row_ptr must start at 0, one shard at a time")
-    require(
-        int(row_ptr[-1]) == total and bool((row_ptr.diff() == counts).all()),
-        f"{op}: row_ptr does not match the bits set in mask_bits and the {total} values",
-    )
-
-
-def train_backward(
-    op: str,
-    grad_y: Tensor,
-    grad_indicator: Tensor,
-    x: Tensor,
-    delta: Tensor,
-    mask_bits: Tensor,
-    side_output: Tensor,
-    indicator: Tensor,
-) -> None:
-    """The forward's tensors with gradients of their shapes."""
-    train(op, x, delta, mask_bits)
-    rows, d_out = x.shape[0], delta.shape[0]
-    activations(op, "grad_y", grad_y, rows, d_out)
-    activations(op, "side", side_output, rows, d_out)
-    full_precision(op, side=side_output, indicator=indicator, grad_indicator=grad_indicator)
-    same_device(
-        op,
-        x=x,
-        grad_y=grad_y,
-        grad_indicator=grad_indicator,
-        side=side_output,
-        indicator=indicator,
-    )
-    for name, tensor in (("indicator", indicator), ("grad_indicator", grad_indicator)):
-        require(
-            tuple(tensor.shape) == (rows,),
-            f"{op}: {name} must have shape [{rows}], got {list(tensor.shape)}",
         )
 
 

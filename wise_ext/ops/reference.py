@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wise_ext.ops import checks
+from wise_ext.ops import checks, train_checks
 
 # Stored entries that `max_sim` compares at a time, so that long prompts stay small.
 _ENTRIES = 512
@@ -81,6 +81,26 @@ def add_side_backward(
         delta = _shard(op, shard, mask_bits, values, row_ptr, d_in).to(wide)
         grad_x[rows] = grad[rows].to(wide) @ delta
     return grad_x
+
+
+def add_low_rank_(
+    y: Tensor, x: Tensor, left: Tensor, right: Tensor, rank_ptr: Tensor, route: Tensor
+) -> None:
+    """`wise_ext.ops.add_low_rank_`: y[n] += left_e^T (right_e x[n]), e = route[n]."""
+    op = "add_low_rank_"
+    checks.low_rank(op, y, x, left, right, rank_ptr, route)
+    checks.ranks_fit(op, rank_ptr, left.shape[0])
+    checks.in_range(op, "route", route, -1, rank_ptr.shape[0] - 2)
+    wide = _accumulator(x, y, left)
+    for entry in _occurring(route):
+        if entry < 0:
+            continue
+        first, last = rank_ptr[entry : entry + 2].tolist()
+        if first == last:
+            continue
+        rows = (route == entry).nonzero().squeeze(1)
+        inner = x[rows].to(wide) @ right[first:last].to(wide).T
+        y[rows] = (y[rows].to(wide) + inner @ left[first:last].to(wide)).to(y.dtype)
 
 
 def dual_linear(
@@ -156,8 +176,8 @@ def dual_linear_train(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`wise_ext.ops.dual_linear_train`; also returns s, which the backward needs."""
     op = "dual_linear_train"
-    checks.train(op, x, delta, mask_bits)
-    checks.activations(op, "base", base, x.shape[0], delta.shape[0])
+    train_checks.train(op, x, delta, mask_bits)
+    train_checks.activations(op, "base", base, x.shape[0], delta.shape[0])
     wide = _accumulator(x, base, delta)
     side = x.to(wide) @ delta.to(wide).T
     return (base.to(wide) + side).to(base.dtype), side, side.norm(dim=1)
@@ -176,7 +196,7 @@ def dual_linear_train_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients in x and delta (masked); an empty tensor where not asked for."""
     op = "dual_linear_train_backward"
-    checks.train_backward(op, grad_y, grad_indicator, x, delta, mask_bits, side, indicator)
+    train_checks.train_backward(op, grad_y, grad_indicator, x, delta, mask_bits, side, indicator)
     wide = side.dtype
     # d||s||/ds = s/||s||; at s = 0 the zero vector is a subgradient.
     scale = torch.where(indicator > 0, grad_indicator.to(wide) / indicator, 0.0)
@@ -206,10 +226,10 @@ def masked_update_(
 ) -> None:
     """`wise_ext.ops.masked_update_`: SGD or Adam on masked entries only."""
     op = "masked_update_"
-    checks.update(op, delta, grad, mask_bits, row_ptr, m, v, step)
+    train_checks.update(op, delta, grad, mask_bits, row_ptr, m, v, step)
     chosen = bits_to_bool(mask_bits, delta.shape[1])
     gradient, current = grad[chosen], delta[chosen]
-    checks.packed_states(op, row_ptr, chosen.sum(1), m)
+    train_checks.packed_states(op, row_ptr, chosen.sum(1), m)
     if m is None or v is None:
         current -= lr * gradient
     else:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wise_ext.ops import checks, reference, triton_binding
+from wise_ext.ops import checks, reference, train_checks, triton_binding
 
 NAMESPACE = "wise_ext"
 REFERENCE_NAMESPACE = "wise_ext_reference"
@@ -26,6 +26,9 @@ _BANK = "Tensor mask_bits, Tensor values, Tensor row_ptr"
 SCHEMAS: dict[str, str] = {
     "add_side_": f"(Tensor(a!) y, Tensor x, {_BANK}, Tensor route) -> ()",
     "add_side_backward": f"(Tensor grad, {_BANK}, Tensor route, SymInt d_in) -> Tensor",
+    "add_low_rank_": (
+        "(Tensor(a!) y, Tensor x, Tensor left, Tensor right, Tensor rank_ptr, Tensor route) -> ()"
+    ),
     "dual_linear": (f"(Tensor x, Tensor weight, Tensor? bias, {_BANK}, Tensor route) -> Tensor"),
     "side_norm": f"(Tensor x, {_BANK}, Tensor rows, Tensor shards) -> Tensor",
     "sketch_norm": "(Tensor x, Tensor sketch) -> Tensor",
@@ -65,6 +68,12 @@ def _add_side_backward(
     return grad.new_empty(grad.shape[0], d_in, dtype=_wide(grad, values))
 
 
+def _add_low_rank(
+    y: Tensor, x: Tensor, left: Tensor, right: Tensor, rank_ptr: Tensor, route: Tensor
+) -> None:
+    checks.low_rank("add_low_rank_", y, x, left, right, rank_ptr, route)
+
+
 def _dual_linear(
     x: Tensor,
     weight: Tensor,
@@ -102,8 +111,8 @@ def _max_sim(
 def _dual_linear_train(
     x: Tensor, base: Tensor, delta: Tensor, mask_bits: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    checks.train("dual_linear_train", x, delta, mask_bits)
-    checks.activations("dual_linear_train", "base", base, x.shape[0], delta.shape[0])
+    train_checks.train("dual_linear_train", x, delta, mask_bits)
+    train_checks.activations("dual_linear_train", "base", base, x.shape[0], delta.shape[0])
     wide = _wide(x, base, delta)
     shape = (x.shape[0], delta.shape[0])
     return (
@@ -124,7 +133,7 @@ def _dual_linear_train_backward(
     need_x: bool,
     need_delta: bool,
 ) -> tuple[Tensor, Tensor]:
-    checks.train_backward(
+    train_checks.train_backward(
         "dual_linear_train_backward", grad_y, grad_indicator, x, delta, mask_bits, side, indicator
     )
     return (
@@ -147,7 +156,7 @@ def _masked_update(
     step: int,
     clamp: float,
 ) -> None:
-    checks.update("masked_update_", delta, grad, mask_bits, row_ptr, m, v, step)
+    train_checks.update("masked_update_", delta, grad, mask_bits, row_ptr, m, v, step)
 
 
 def _pack(delta: Tensor, mask_bits: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,6 +182,7 @@ def _wide(*tensors: Tensor) -> torch.dtype:
 FAKES: dict[str, Callable[..., Any]] = {
     "add_side_": _add_side,
     "add_side_backward": _add_side_backward,
+    "add_low_rank_": _add_low_rank,
     "dual_linear": _dual_linear,
     "side_norm": _side_norm,
     "sketch_norm": _sketch_norm,

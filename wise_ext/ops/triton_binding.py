@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wise_ext.ops import checks
+from wise_ext.ops import checks, train_checks
 
 
 def _launch(module: str, function: str, *arguments: Any) -> None:
@@ -92,8 +92,8 @@ def dual_linear_train(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`wise_ext.ops.dual_linear_train`; also returns s, which the backward needs."""
     op = "dual_linear_train"
-    checks.train(op, x, delta, mask_bits)
-    checks.activations(op, "base", base, x.shape[0], delta.shape[0])
+    train_checks.train(op, x, delta, mask_bits)
+    train_checks.activations(op, "base", base, x.shape[0], delta.shape[0])
     _narrow(op, x=x, base=base, delta=delta)
     shape = (x.shape[0], delta.shape[0])
     y = base.new_empty(shape)
@@ -116,7 +116,7 @@ def dual_linear_train_backward(
 ) -> tuple[Tensor, Tensor]:
     """`dual_linear_train`'s gradients in x and delta (masked); empty where not asked for."""
     op = "dual_linear_train_backward"
-    checks.train_backward(op, grad_y, grad_indicator, x, delta, mask_bits, side, indicator)
+    train_checks.train_backward(op, grad_y, grad_indicator, x, delta, mask_bits, side, indicator)
     _narrow(op, grad_y=grad_y, x=x, delta=delta, side=side)
     grad_x = x.new_empty(x.shape if need_x else (0,))
     grad_delta = delta.new_empty(delta.shape if need_delta else (0,))
@@ -152,7 +152,7 @@ def masked_update_(
 ) -> None:
     """`wise_ext.ops.masked_update_`."""
     op = "masked_update_"
-    checks.update(op, delta, grad, mask_bits, row_ptr, m, v, step)
+    train_checks.update(op, delta, grad, mask_bits, row_ptr, m, v, step)
     _narrow(op, delta=delta, grad=grad)
     _launch(
         "masked_update",

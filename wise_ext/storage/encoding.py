@@ -22,7 +22,7 @@ from wise_ext.storage.commit import CONFIG, LEDGER, TENSORS
 from wise_ext.storage.files import Content, sha256
 
 FORMAT = "wise-ext-memory"
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 LEDGER_FIELDS = (
     "id",
     "prompt",
