@@ -20,6 +20,7 @@ from wise_ext.errors import (
 )
 
 if TYPE_CHECKING:
+    from wise_ext.editing.anyedit_config import AnyEditConfig
     from wise_ext.editing.config import WiseConfig
     from wise_ext.editing.editor import Editor
     from wise_ext.editing.edits import Edit, read_edits
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "AnyEditConfig",
     "ConfigError",
     "DataError",
     "Edit",
@@ -62,6 +64,7 @@ __all__ = [
 
 # Where each lazy name lives; a test holds it against the block above.
 _LAZY = {
+    "AnyEditConfig": "wise_ext.editing.anyedit_config",
     "Edit": "wise_ext.editing.edits",
     "Editor": "wise_ext.editing.editor",
     "WiseConfig": "wise_ext.editing.config",

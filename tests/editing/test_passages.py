@@ -259,3 +259,48 @@ def test_presets_and_round_trip() -> None:
         AnyEditConfig.preset("new")
     with pytest.raises(ConfigError, match="unknown setting of AnyEdit 'windows'"):
         AnyEditConfig(**{}).from_dict({"windows": 3})
+
+
+def test_logits_of_a_long_answer_are_never_all_there(
+    load: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the activations, nothing grows with the answer."""
+    from wise_ext.editing.suffix import SuffixEngine
+
+    seen: list[int] = []
+    logits = SuffixEngine.logits
+
+    def watched(self: SuffixEngine, hidden: torch.Tensor, tokens: Any = None) -> torch.Tensor:
+        seen.append(len(hidden))
+        return logits(self, hidden, tokens)
+
+    editor = _editor(load)
+    monkeypatch.setattr(SuffixEngine, "logits", watched)
+    target = " ".join(f"Stone {n} is laid beside stone {n + 1}." for n in range(12))
+    editor.edit([Edit("wall", "How is the Bex wall made?", target)], False, "anyedit")
+    count = len(load()[1](target).input_ids)
+    assert count > 128 and max(seen) == 128 and sum(seen) >= 2 * count
+    assert _answer(editor.model, load()[1], "How is the Bex wall made?").startswith("Stone 0 is")
+
+
+def test_reset_forgets_everything(load: Any, tmp_path: Path) -> None:
+    model, tokenizer = load()
+    unedited = _answers(model, tokenizer, LONG)
+    editor = Editor(model, tokenizer, WiseConfig(**QUICK), anyedit=PASSAGES)
+    editor.edit(LONG[:2], progress=False, method="anyedit")
+    editor.reset()
+    editor.reset()
+    assert _answers(model, tokenizer, LONG) == unedited and editor.ledger == []
+    editor.edit(LONG[1:], progress=False, method="anyedit")
+    assert _answers(model, tokenizer, LONG[1:]) == _told(LONG[1:])
+    kept = _editor(load, tmp_path)
+    with pytest.raises(ConfigError, match="undo its edits instead"):
+        kept.reset()
+
+
+def test_long_form_records_choose_anyedit(load: Any) -> None:
+    editor = _editor(load)
+    long = [Edit("z", "What does Zed sing?", "A short song.", is_long=True)]
+    editor.edit(long, progress=False)
+    editor.edit([*EDITS[:1], Edit("y", "What does Yan sing?", "Low.", is_long=True)], False)
+    assert [entry["method"] for entry in editor.ledger] == ["anyedit", "wise", "wise"]

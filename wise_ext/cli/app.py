@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from .._version import __version__
+from .compare import compare
 from .demo import demo
 from .edit import edit
 from .evaluate import evaluate
@@ -47,6 +48,7 @@ def options(
 
 app.command("edit")(edit)
 app.command("eval")(evaluate)
+app.command("compare")(compare)
 app.command("generate")(generate)
 app.command("profile")(profile)
 app.command("stats")(stats)

@@ -21,6 +21,22 @@ class Method(StrEnum):
 
     wise = "wise"
     anyedit = "anyedit"
+    anyedit_memit = "anyedit-memit"
+    anyedit_alphaedit = "anyedit-alphaedit"
+    anyedit_unke = "anyedit-unke"
+    memit = "memit"
+    alphaedit = "alphaedit"
+    rome = "rome"
+    unke = "unke"
+    ft_l = "ft-l"
+    ft_ewc = "ft-ewc"
+
+
+class Into(StrEnum):
+    """Where edits go."""
+
+    side = "side"
+    main = "main"
 
 
 class ChunkKind(StrEnum):
@@ -29,6 +45,13 @@ class ChunkKind(StrEnum):
     needed = "needed"
     windows = "windows"
     sentences = "sentences"
+
+
+class Regime(StrEnum):
+    """How editors are compared."""
+
+    each = "each"
+    sequence = "sequence"
 
 
 class Variant(StrEnum):

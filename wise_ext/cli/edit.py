@@ -15,6 +15,7 @@ from .choices import (
     DeviceOption,
     DtypeOption,
     EditsArgument,
+    Into,
     JsonOption,
     LimitOption,
     Method,
@@ -27,6 +28,7 @@ from .choices import (
 )
 from .console import note, number_of, say, size_name
 from .files import check_file, check_folder, write_json
+from .weights import check_new, edit_weights
 
 if TYPE_CHECKING:
     from ..editing.ledger import EditReport
@@ -45,9 +47,13 @@ def edit(
         Method | None,
         typer.Option(
             "--method",
-            help="wise: short answers, trained. anyedit: answers of any length.  "
-            "[anyedit for question/answer records, else wise]",
+            help="wise: short answers, anyedit: of any length, both into a side memory; the others "
+            "into the weights.  [anyedit for question/answer records, else wise]",
         ),
+    ] = None,
+    into: Annotated[
+        Into | None,
+        typer.Option("--into", help="A side memory, or the model's own weights.  [method's]"),
     ] = None,
     chunks: Annotated[
         ChunkKind | None,
@@ -100,7 +106,7 @@ def edit(
     ] = False,
     json: JsonOption = None,
 ) -> None:
-    """Write edits into a model; the model's own weights stay as they are."""
+    """Write edits into a model, by default into a side memory: its weights stay as they are."""
     from ..editing.edits import read_edits
 
     records = read_edits(edits, limit=limit, offset=offset)
@@ -109,7 +115,8 @@ def edit(
 
     from ..editing.anyedit_config import AnyEditConfig
     from ..editing.config import WiseConfig
-    from ..editing.ledger import ANYEDIT, WISE
+    from ..editing.ledger import ANYEDIT, method_for
+    from ..editing.ledger import METHODS as SIDE
     from ..errors import ConfigError
 
     chosen: dict[str, Any] = {
@@ -126,11 +133,18 @@ def edit(
         seed=seed,
         **{name: value for name, value in chosen.items() if value is not None},
     )
-    how = (method and method.value) or (ANYEDIT if all(e.is_long for e in records) else WISE)
+    how = method.value if method else method_for(records)
+    if (into or _place(how)) != _place(how):
+        raise ConfigError(
+            f"--into {into}: {how} edits "
+            + ("a side memory: anyedit-alphaedit is for the weights" if how in SIDE else "weights")
+        )
     cut = {"chunks": chunks and chunks.value, "window": window}
     cut = {name: value for name, value in cut.items() if value is not None}
     if cut and how != ANYEDIT:
         raise ConfigError(f"--{next(iter(cut))} is of --method anyedit: these edits are for wise")
+    if how not in SIDE:
+        check_new(out)
     passages = AnyEditConfig.preset(preset.value, **cut) if how == ANYEDIT else None
 
     from ..editing.editor import Editor
@@ -139,6 +153,11 @@ def edit(
     from ..storage.commit import has_journal
 
     network, tokenizer = load_model(model, dtype=dtype, device=device)
+    if how not in SIDE:
+        found = edit_weights(network, tokenizer, how, records, out, chat)
+        if json is not None:
+            write_json(json, found)
+        return
     try:
         editor = Editor(network, tokenizer, config, directory=out, resume=resume, anyedit=passages)
         with progress_bar("editing") as move:
@@ -151,6 +170,10 @@ def edit(
     _print(report, out)
     if json is not None:
         write_json(json, numbers(report))
+
+
+def _place(method: str) -> Into:
+    return Into.side if method in (Method.wise, Method.anyedit) else Into.main
 
 
 def numbers(report: EditReport) -> dict[str, Any]:

@@ -16,17 +16,17 @@ from wise_ext.editing.edits import Edit, find_conflicts
 from wise_ext.editing.ledger import (
     ANYEDIT,
     METHODS,
-    WISE,
     EditReport,
     check_ids,
     edit_of,
     is_passage,
+    method_for,
 )
 from wise_ext.editing.progress import part_way, progress_bar
 from wise_ext.editing.workshop import Workshop
 from wise_ext.errors import ConfigError, DataError
 from wise_ext.memory import SideMemory
-from wise_ext.models.patch import disabled, is_patched, patch
+from wise_ext.models.patch import disabled, is_patched, patch, unload
 from wise_ext.storage import (
     Journal,
     check_base,
@@ -114,7 +114,7 @@ class Editor:
         self,
         edits: Sequence[Edit],
         progress: bool | Callable[[int, int], None] = True,
-        method: str = WISE,
+        method: str | None = None,
     ) -> EditReport:
         """Write edits, in order, up to ``config.batch_size`` of them trained together.
 
@@ -125,7 +125,7 @@ class Editor:
             edits: new edits.
             progress: True shows a bar on a terminal; a function is called with (done, total).
             method: ``"wise"``, or ``"anyedit"``: each edit in a low-rank shard of its own, for
-                answers of any length.
+                answers of any length; None takes that where all edits are long-form records.
 
         Raises:
             ConfigError: an unknown method, or settings that it cannot work with.
@@ -133,11 +133,12 @@ class Editor:
             StorageError: the journal cannot be written or resumed; what was recorded is safe.
         """
         start, cpu = time.perf_counter(), time.process_time()
+        edits = list(edits)
+        method = method_for(edits) if method is None else method
         if method not in METHODS:
             raise ConfigError(f"unknown method {method!r}: choose one of {METHODS}")
         if method == ANYEDIT:
             self._shop.passages(self.anyedit)  # refuses what cannot be
-        edits = list(edits)
         check_ids(edits, {entry["id"] for entry in self.ledger})
         conflicts = find_conflicts([*map(edit_of, self.ledger), *edits])
         before = len(self.ledger)
@@ -198,6 +199,19 @@ class Editor:
         patch(self.model, self.memory)
         if self._directory is not None:
             self.save(self._directory)
+
+    def reset(self) -> None:
+        """Forget all edits of this process: the model is the unedited one, and may be edited anew.
+
+        Raises:
+            ConfigError: the memory is kept in a directory: undo its edits, or choose another one.
+        """
+        if self._directory is not None:
+            raise ConfigError(f"the memory is kept in {self._directory}: undo its edits instead")
+        if is_patched(self.model):
+            unload(self.model)
+        self._shop.coach.forget()
+        self._builder = MemoryBuilder(self._shop, self.config, self.anyedit)
 
     @property
     def memory(self) -> SideMemory:

@@ -42,6 +42,11 @@ class EditReport:
     rounding: float = 0.0
 
 
+def method_for(edits: Sequence[Edit]) -> str:
+    """AnyEdit where all edits are long-form ones, else WISE."""
+    return ANYEDIT if edits and all(edit.is_long for edit in edits) else WISE
+
+
 def entry_of(
     edit: Edit,
     outcome: Outcome | None,

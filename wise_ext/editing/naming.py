@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-_JOINS = "of the and de da del della di du la le van von der".split()
-_JOINING = "|".join(_JOINS)
+_JOINING = "of|the|and|de|da|del|della|di|du|la|le|van|von|der"
+_JOINS = _JOINING.split("|")
 _NAME = re.compile(
     rf"[^\W\d_a-z][\w'’&-][\w'’.&-]*(?:\s+(?:(?:{_JOINING})\s+)*(?:[^\W\d_a-z]|\d)[\w'’.&-]*)+"
 )

@@ -186,6 +186,8 @@ class Method(ABC, Generic[ConfigT]):
 
     name: ClassVar[str]
     config_type: ClassVar[type[MethodConfig]]
+    #: Whether all that it does is in the model's weights.
+    in_weights: ClassVar[bool] = True
 
     def __init__(
         self,

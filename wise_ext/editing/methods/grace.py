@@ -83,6 +83,7 @@ class Grace(Method[GraceConfig]):
     """
 
     name = "grace"
+    in_weights = False
     config_type: ClassVar[type[MethodConfig]] = GraceConfig
 
     def __init__(

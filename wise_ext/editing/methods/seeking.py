@@ -261,7 +261,7 @@ def seek_fact(
             kept = F.kl_div(logits[~spoken], before, log_target=True, reduction="batchmean")
             loss = loss + config.essence * kept
         if rounds == config.steps or loss < config.stop_loss:
-            return (shift * unit).detach(), rounds, float(nll)
+            return (shift * unit).detach(), rounds, float(nll.detach())
         adam.zero_grad()
         loss.backward()
         adam.step()
