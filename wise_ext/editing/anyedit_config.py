@@ -44,7 +44,7 @@ class AnyEditConfig:
     steps: int = 60
     step: float = 0.1
     clamp: float = 4.0
-    margin: float = 2.0
+    margin: float = 4.0
     ridge: float = 1e-3
 
     def __post_init__(self) -> None:

@@ -50,3 +50,11 @@ def taught(_schooled: tuple[Any, Any]) -> Callable[[], tuple[Any, Any]]:
     """A fresh copy of the model that knows the answers, and its tokenizer, at each call."""
     model, tokenizer = _schooled
     return lambda: (copy.deepcopy(model), tokenizer)
+
+
+@pytest.fixture(autouse=True)
+def few_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Second moments of keys come from few texts, and are kept for one test alone."""
+    texts = [f"Some {n} words on {edit.prompt} and more." for n in range(8) for edit in FACTS]
+    monkeypatch.setenv("WISE_EXT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("wise_ext.editing.methods.moments.default_corpus", lambda: texts)

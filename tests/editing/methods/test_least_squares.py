@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.editing.facts import EDITS
 from tests.editing.methods.facts import FACTS as KNOWN
@@ -31,27 +30,11 @@ from wise_ext.models import fingerprint, get_module, layer_path
 FACTS = [replace(EDITS[0], subject="Lumo"), replace(EDITS[2], subject="Pell")]
 LONG = Edit("long", "Tell me of Lumo.", "The Senna runs by. It is cold and grey, and Varno is far.")
 # Random models know nothing worth keeping, and take some persuading.
-EAGER: dict[str, Any] = {"steps": 60, "step": 0.2, "clamp": 20.0, "contexts": 1, "decay": 0.0}
+EAGER: dict[str, Any] = {"steps": 60, "step": 0.2, "clamp": 20.0, "contexts": 0, "decay": 0.0}
 MEMIT = EAGER | {"weight": 1e-3}
 ALPHA = EAGER | {"threshold": 1.0, "ridge": 1e-3}
 METHODS = {"memit": MEMIT, "alphaedit": ALPHA}
 PIECES: dict[str, Any] = {"chunks": "windows", "window": 1, "margin": 3.0, "steps": 100}
-
-
-@pytest.fixture
-def load(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setenv("WISE_EXT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("wise_ext.editing.methods.moments.default_corpus", texts)
-
-    def pair() -> tuple[Any, Any]:
-        model = AutoModelForCausalLM.from_pretrained(model_dir).eval()
-        return model, AutoTokenizer.from_pretrained(model_dir)
-
-    return pair
-
-
-def texts() -> list[str]:
-    return [f"Some {n} words on {edit.prompt} and more." for n in range(8) for edit in EDITS]
 
 
 def statistics(model: Any, layers: list[str], keys: dict[str, Tensor]) -> KeyStatistics:
@@ -68,10 +51,10 @@ def says(model: Any, tokenizer: Any, edit: Edit) -> bool:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_edits_take_and_accumulate_and_go(load: Any, taught: Any, name: str) -> None:
+def test_edits_take_and_accumulate_and_go(taught: Any, name: str) -> None:
     model, tokenizer = taught()
     before = state(model)
-    method = make_method(name, model, tokenizer, spread=2, layer=1, **METHODS[name])
+    method = make_method(name, model, tokenizer, spread=2, layer=2, **METHODS[name])
     (first,) = method.edit(KNOWN[:1])
     assert says(model, tokenizer, KNOWN[0])
     once = {key: value.clone() for key, value in method.originals.changed().items()}
@@ -82,7 +65,7 @@ def test_edits_take_and_accumulate_and_go(load: Any, taught: Any, name: str) -> 
     twice = method.originals.changed()
     # No weight but those named.
     assert set(once) == set(twice) == {f"{layer}.weight" for layer in method.layers}
-    assert method.layers == [layer_path(model, n) for n in (0, 1)]
+    assert method.layers == [layer_path(model, n) for n in (1, 2)]
     assert all(not torch.equal(once[key], twice[key]) for key in once)
     for outcome, edit in zip((first, second), KNOWN[:2], strict=True):
         assert outcome.edit_id == edit.id
@@ -96,13 +79,20 @@ def test_edits_take_and_accumulate_and_go(load: Any, taught: Any, name: str) -> 
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_edits_of_one_call_are_written_together(load: Any, taught: Any, name: str) -> None:
+def test_edits_of_one_call_are_written_together(taught: Any, name: str) -> None:
     model, tokenizer = taught()
-    method = make_method(name, model, tokenizer, layer=1, spread=1, **METHODS[name])
+    method = make_method(name, model, tokenizer, layer=2, spread=1, **METHODS[name])
+    wishes = method._seeker.wishes(method._lessons(KNOWN))
+    last = [(wish.texts[0], wish.places[0]) for wish in wishes]
+    before = [observe(method._engine, method.layer, text)[1][at] for text, at in last]
     outcomes = method.edit(KNOWN)
+    after = [observe(method._engine, method.layer, text)[1][at] for text, at in last]
     assert [outcome.edit_id for outcome in outcomes] == ["a", "c", "d"]
     assert outcomes[0].seconds == outcomes[1].seconds
-    assert all(says(model, tokenizer, edit) for edit in KNOWN)
+    # Each key token's shift came out, in spite of the others'.
+    for wish, old, new in zip(wishes, before, after, strict=True):
+        size = float(wish.values.abs().max())
+        assert_close(new - old, wish.values, rtol=2e-2, atol=2e-2 * size)
 
 
 @pytest.mark.parametrize("name", ["anyedit-memit", "anyedit-alphaedit"])
@@ -292,7 +282,7 @@ def test_statistics_may_be_given(load: Any, tmp_path: Path) -> None:
     assert torch.equal(method._moments[layers[0]], given.moments[layers[0]])
     with pytest.raises(ConfigError, match=r"lack model.layers.2.mlp.down_proj: collect them"):
         key_moments(model, tokenizer, [layer_path(model, 2)], given)
-    with pytest.raises(StorageError, match="lack"):
+    with pytest.raises(StorageError, match=r"has nothing of model.layers.2"):
         key_moments(model, tokenizer, [layer_path(model, 2)], tmp_path / "keys.safetensors")
     other = replace(given, base={"name": "other", "fingerprint": "0"})
     with pytest.raises(ConfigError, match="those of 'other', not of this model"):
@@ -321,8 +311,12 @@ def test_bad_settings(load: Any, name: str, settings: dict[str, Any], message: s
 
 
 def test_no_null_space(load: Any) -> None:
-    method = make_method("alphaedit", *load(), layer=1, threshold=1e-12, contexts=0)
-    with pytest.raises(ConfigError, match=r"no eigenvalue of .* is below 1e-12: give a larger"):
+    model, tokenizer = load()
+    layer = layer_path(model, 1)
+    given = statistics(model, [layer], {layer: torch.randn(2000, 512)})
+    config = AlphaEditConfig(layer=1, spread=1, threshold=1e-3, contexts=0)
+    method = AlphaEdit(model, tokenizer, config, given)
+    with pytest.raises(ConfigError, match=r"no eigenvalue of .* is below 0.001: give a larger"):
         method.edit(FACTS[:1])
 
 
