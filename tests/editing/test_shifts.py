@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,9 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.testing import assert_close
 
+from tests.editing.facts import A2, A3, EDITS
 from wise_ext.editing.anyedit_config import AnyEditConfig
 from wise_ext.editing.chunks import Chunk, windows
 from wise_ext.editing.in_turn import Answer, chunk_losses, seek_in_turn
+from wise_ext.editing.passages import PassageWriter
 from wise_ext.editing.rows import Row
 from wise_ext.editing.shifts import Shifts, _slopes, clamp_, label_leads, scales, seek_together
 from wise_ext.editing.suffix import SuffixEngine
@@ -314,3 +317,20 @@ def test_clamp_leaves_short_shifts_alone() -> None:
     shifts = torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]])
     clamp_(shifts, torch.tensor([[1.0], [1.0], [1.0]]), torch.tensor(2.0), 4.0)
     assert_close(shifts, torch.tensor([[1.2, 1.6], [0.3, 0.4], [0.0, 0.0]]))
+
+
+def test_a_writer_works_in_turn_on_many_edits(load: Any) -> None:
+    """Each shard makes the model say its answer, in order, whatever the company."""
+    model, tokenizer = load()
+    engine = SuffixEngine(model, layer_path(model, 1))
+    config = in_turn(window=1, steps=60, margin=2.0, step=0.2)
+    calls: list[int] = []
+    edits = [*EDITS, A2, A3, *(replace(e, id=f"{e.id}-x") for e in EDITS)]
+    writer = PassageWriter(engine, tokenizer, config, chat=False, in_half=False)
+    written = writer.write(edits, calls.append)
+    assert calls == list(range(1, len(edits) + 1))
+    assert [outcome.edit.id for outcome, _ in written] == [edit.id for edit in edits]
+    assert [shard.edit_ids for _, shard in written] == [[edit.id] for edit in edits]
+    assert all(outcome.converged for outcome, _ in written)
+    (alone, _), *_ = writer.write(edits[8:9])
+    assert alone.iterations == pytest.approx(written[8][0].iterations, abs=2)
