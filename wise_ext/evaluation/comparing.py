@@ -100,9 +100,9 @@ def compare(
         progress: a bar on standard error, or a function called with (done, total).
 
     Yields:
-        One row a method, in order: ``method``, ``regime``, ``edits``, ``digest`` (of edits and
-        settings), ``cpu_seconds`` an edit and by ``stages``, ``iterations``, and the report of
-        ``evaluate_long`` (under ``"each"`` the means of all reports).
+        One row a method, in order: ``method``, ``settings``, ``regime``, ``edits``, ``digest`` (of
+        edits and settings), ``cpu_seconds`` an edit and by ``stages``, ``iterations``, and the
+        report of ``evaluate_long`` (under ``"each"`` the means of all reports).
 
     Raises:
         ConfigError, DataError, ModelError: as the methods do.
@@ -120,7 +120,8 @@ def compare(
             baseline = _baseline(model, tokenizer, kept, what)
         with counted(name, len(kept), progress) as tick:
             row = _measured(model, tokenizer, kept, name, what, baseline, tick)
-        yield {"method": name, "regime": what.regime, "edits": len(kept), "digest": digest} | row
+        about = {"method": name, "settings": dict(what.settings.get(name, {}))}
+        yield about | {"regime": what.regime, "edits": len(kept), "digest": digest} | row
 
 
 def _baseline(
@@ -188,7 +189,9 @@ def _contender(
     elif name in SIDE:
         contender = _SideMemory(model, tokenizer, name, settings, what.chat)
     else:
-        contender = _Weights(model, tokenizer, name, settings | {"chat": what.chat})
+        contender = _Weights(
+            model, tokenizer, name, {"chat": what.chat, "in_half": True} | settings
+        )
     try:
         yield contender
     finally:

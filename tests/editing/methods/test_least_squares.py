@@ -298,7 +298,12 @@ def test_statistics_may_be_given(load: Any, tmp_path: Path) -> None:
         ("memit", {"essence": -1.0}, "essence is -1.0"),
         ("memit", {"window": 3}, "window and overlap are of chunks"),
         ("memit", {"chunks": "pages"}, "chunks is 'pages': choose one of"),
-        ("anyedit-memit", {"overlap": 50}, "overlap is 50: windows have 40 tokens"),
+        (
+            "anyedit-memit",
+            {"chunks": "windows", "overlap": 50},
+            "overlap is 50: windows have 40 tokens",
+        ),
+        ("memit", {"in_half": 1}, "in_half is 1: give True or False"),
         ("alphaedit", {"threshold": 0.0}, "threshold is 0.0"),
         ("alphaedit", {"ridge": -1.0}, "ridge is -1.0"),
         ("alphaedit", {"statistics": 5}, "statistics is 5: give the path of a file"),

@@ -10,7 +10,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Self, TypeVar, cast
 
@@ -21,6 +21,7 @@ from wise_ext.editing.edits import Edit
 from wise_ext.editing.ledger import check_ids
 from wise_ext.editing.progress import ProgressCallback, counted
 from wise_ext.editing.prompts import encode_prompt, encode_target
+from wise_ext.editing.suffix import SuffixEngine
 from wise_ext.errors import ConfigError, DataError, ModelError
 from wise_ext.models.patch import is_patched
 from wise_ext.models.table import get_module, layer_path, projection_shape
@@ -37,6 +38,8 @@ class MethodConfig:
         layer: the down projection to edit: ``"auto"`` (about five sixths of the depth), a block's
             number, or a dotted module path.
         chat: put prompts into the tokenizer's chat template.
+        in_half: work out frozen products above the layer in bf16, where the machine has units for
+            that and the logits stay close (``SuffixEngine.in_half``).
 
     Raises:
         ConfigError: a value is of the wrong kind.
@@ -44,14 +47,16 @@ class MethodConfig:
 
     layer: str | int = "auto"
     chat: bool = False
+    in_half: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.layer, bool) or not isinstance(self.layer, (str, int)):
             raise ConfigError(
                 f"layer is {self.layer!r}: give 'auto', a block's number or a module's path"
             )
-        if not isinstance(self.chat, bool):
-            raise ConfigError(f"chat is {self.chat!r}: give True or False")
+        for name in ("chat", "in_half"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}: give True or False")
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> Self:
@@ -188,6 +193,7 @@ class Method(ABC, Generic[ConfigT]):
     config_type: ClassVar[type[MethodConfig]]
     #: Whether all that it does is in the model's weights.
     in_weights: ClassVar[bool] = True
+    _engine: SuffixEngine
 
     def __init__(
         self,
@@ -230,7 +236,8 @@ class Method(ABC, Generic[ConfigT]):
             return []
         bar = counted(self.name, len(edits), progress)
         # Also for callers who have switched gradients off.
-        with frozen(self.model), torch.enable_grad(), bar as tick:
+        half = self._engine.in_half() if self.config.in_half else nullcontext()
+        with frozen(self.model), torch.enable_grad(), half, bar as tick:
             return self._edit(lessons, tick)
 
     def reset(self) -> None:

@@ -40,7 +40,7 @@ class FineTuningConfig(MethodConfig):
     """What both kinds of fine-tuning are set by.
 
     Attributes:
-        layer, chat: see :class:`MethodConfig`.
+        layer, chat, in_half: see :class:`MethodConfig`.
         steps: at most this many steps of Adam a batch.
         learning_rate: Adam's.
         stop_loss: in nats a token; a batch ends when its mean loss is below it, 0 never.
@@ -150,7 +150,8 @@ class ConstrainedConfig(FineTuningConfig):
     """Settings of FT-L: those of the baseline in ROME's and EasyEdit's code for GPT-2 XL.
 
     Attributes:
-        layer, chat, steps, learning_rate, stop_loss, batch_size: see :class:`FineTuningConfig`.
+        layer, chat, in_half, steps, learning_rate, stop_loss, batch_size: see
+            :class:`FineTuningConfig`.
         norm_constraint: by how much a batch may change an entry; None or 0 for any amount.
     """
 
@@ -191,7 +192,8 @@ class ElasticConfig(FineTuningConfig):
     """Settings of FT-EWC: those of GRACE's comparisons, in its code (arXiv 2211.11031).
 
     Attributes:
-        layer, chat, steps, learning_rate, stop_loss, batch_size: see :class:`FineTuningConfig`.
+        layer, chat, in_half, steps, learning_rate, stop_loss, batch_size: see
+            :class:`FineTuningConfig`.
         elasticity: lambda of Eq. 3. GRACE's code has 0.1 and leaves out Eq. 3's factor of a half.
         memory: about how many of the latest edits count in the Fisher information.
     """

@@ -37,7 +37,7 @@ class GraceConfig(MethodConfig):
     """Settings of GRACE: those of its code.
 
     Attributes:
-        layer, chat: see :class:`MethodConfig`.
+        layer, chat, in_half: see :class:`MethodConfig`.
         radius: epsilon_init, a new entry's Euclidean radius.
         steps: at most this many steps of Adam on a value.
         learning_rate: Adam's.

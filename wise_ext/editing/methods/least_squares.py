@@ -55,8 +55,8 @@ class LeastSquaresConfig(ChunkedConfig):
             output (Gemma's), one block's projection is all that can be solved for: 1.
         batch_size: edits of one call that are written together.
         statistics: file of the keys' second moments; None collects them once a model.
-        chat, steps, step, clamp, stop_loss, contexts, context_tokens, essence, decay, seed, chunks,
-            window, overlap, language, schedule, margin: see :class:`ChunkedConfig`.
+        chat, in_half, steps, step, clamp, stop_loss, contexts, context_tokens, essence, decay,
+            seed, chunks, window, overlap, language, schedule, margin: see :class:`ChunkedConfig`.
 
     Raises:
         ConfigError: a value is out of range.
@@ -294,13 +294,20 @@ class AlphaEdit(_LeastSquares[AlphaEditConfig]):
 
 @dataclass(frozen=True)
 class AnyEditMemitConfig(MemitConfig):
-    """Settings of AnyEdit with MEMIT: windows of 40 tokens, shifts of up to four times the state.
+    """Settings of AnyEdit with MEMIT: those that a small model needs.
+
+    The paper's are ``chunks="windows", schedule="in_turn", steps=25, margin=0`` and MEMIT's weight:
+    one moved state then says 40 tokens, which a small model's cannot.
 
     Attributes: see :class:`MemitConfig`.
     """
 
+    steps: int = 60
     clamp: float = 4.0
-    chunks: str = "windows"
+    weight: float | None = 150.0
+    chunks: str = "needed"
+    schedule: str = "together"
+    margin: float = 4.0
 
 
 class AnyEditMemit(Memit):
@@ -312,14 +319,18 @@ class AnyEditMemit(Memit):
 
 @dataclass(frozen=True)
 class AnyEditAlphaEditConfig(AlphaEditConfig):
-    """Settings of AnyEdit with AlphaEdit: windows of 40 tokens, shifts of up to four times the
-    state.
+    """Settings of AnyEdit with AlphaEdit: those that a small model needs, see
+    :class:`AnyEditMemitConfig`.
 
     Attributes: see :class:`AlphaEditConfig`.
     """
 
+    steps: int = 60
     clamp: float = 4.0
-    chunks: str = "windows"
+    ridge: float = 1.0
+    chunks: str = "needed"
+    schedule: str = "together"
+    margin: float = 4.0
 
 
 class AnyEditAlphaEdit(AlphaEdit):

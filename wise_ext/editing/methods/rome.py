@@ -41,8 +41,9 @@ class RomeConfig(SeekingConfig):
     Attributes:
         layer: ``"auto"`` is as deep as block 5 of Llama-3-8B's 32.
         statistics: file of the keys' second moments; None collects them once a model.
-        chat, steps, step, clamp, stop_loss, contexts, context_tokens, essence, decay, seed: see
-            :class:`SeekingConfig`. The paper has twenty contexts, half of them of five tokens.
+        chat, in_half, steps, step, clamp, stop_loss, contexts, context_tokens, essence, decay,
+            seed: see :class:`SeekingConfig`. The paper has twenty contexts, half of them of five
+            tokens.
     """
 
     contexts: int = 20

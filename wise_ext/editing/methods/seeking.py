@@ -36,7 +36,7 @@ class SeekingConfig(MethodConfig):
     """How the shift of a fact is sought (ROME, arXiv 2202.05262, Eq. 4; MEMIT has the same).
 
     Attributes:
-        layer, chat: see :class:`MethodConfig`; the shift is of this layer's output.
+        layer, chat, in_half: see :class:`MethodConfig`; the shift is of this layer's output.
         steps: at most this many steps of Adam.
         step: Adam's learning rate, in root mean squares of the state that is shifted: the papers
             give one for each model, in units of that model's states.
@@ -78,8 +78,8 @@ class ChunkedConfig(SeekingConfig):
     """The same, or several shifts along a long answer (AnyEdit, arXiv 2502.05628).
 
     Attributes:
-        layer, chat, steps, step, clamp, stop_loss, contexts, context_tokens, essence, decay, seed:
-            see :class:`SeekingConfig`; those from ``stop_loss`` on are of facts alone.
+        layer, chat, in_half, steps, step, clamp, stop_loss, contexts, context_tokens, essence,
+            decay, seed: see :class:`SeekingConfig`; those from ``stop_loss`` on are of facts alone.
         chunks: ``"none"`` seeks one shift for the whole answer; else where the answer is cut, each
             chunk with a shift at the token before it: ``"windows"``, ``"sentences"`` or
             ``"needed"``, see :class:`AnyEditConfig`, as for all that follow.

@@ -49,9 +49,9 @@ class UnkeConfig(ChunkedConfig):
         fit_decay: its weight decay, of matrices alone.
         preserved: so many neutral texts are to be put out as before.
         batch_size: edits of one call that are written together.
-        chat, steps, step, clamp, stop_loss, contexts, context_tokens, essence, decay, seed, chunks,
-            window, overlap, language, schedule, margin: see :class:`ChunkedConfig`. The shift is
-            at the prompt's last token, so there is no ``essence`` to keep.
+        chat, in_half, steps, step, clamp, stop_loss, contexts, context_tokens, essence, decay,
+            seed, chunks, window, overlap, language, schedule, margin: see :class:`ChunkedConfig`.
+            The shift is at the prompt's last token, so there is no ``essence`` to keep.
 
     Raises:
         ConfigError: a value is out of range.
@@ -232,12 +232,19 @@ def shifted(projection: nn.Module, places: Tensor, values: Tensor) -> Iterator[N
 
 @dataclass(frozen=True)
 class AnyEditUnkeConfig(UnkeConfig):
-    """Settings of AnyEdit with UnKE: windows of 40 tokens.
+    """Settings of AnyEdit with UnKE: those that a small model needs. The paper's are UnKE's with
+    ``chunks="windows", schedule="in_turn", steps=25, margin=0``.
 
     Attributes: see :class:`UnkeConfig`.
     """
 
-    chunks: str = "windows"
+    steps: int = 60
+    step: float = 0.1
+    fit_steps: int = 200
+    fit_rate: float = 1e-3
+    chunks: str = "needed"
+    schedule: str = "together"
+    margin: float = 4.0
 
 
 class AnyEditUnke(Unke):
