@@ -106,7 +106,9 @@ def test_together_the_answer_is_said(lab: SimpleNamespace, architecture: str, ch
         given = [] if config.chunks == "needed" else windows(len(target), 3)
         shifts = seek_together(engine, row, given, config)
         assert says(model, prompt, target, shifts)
-        ahead = label_leads(engine, row, shifts.on(row))
+        ahead = label_leads(
+            engine, row, row.base.index_add(0, shifts.places, shifts.values.to(row.base))
+        )
         assert ahead.min() >= config.margin - 1e-3
         assert {len(prompt) - 1 + c.begin for c in given} <= set(shifts.places.tolist())
         losses = F.cross_entropy(

@@ -48,10 +48,6 @@ class Shifts:
     rounds: int
     loss: float
 
-    def on(self, row: Row) -> Tensor:
-        """The row's ``base`` with the shifts added [t, d_model]."""
-        return row.base.index_add(0, self.places, self.values.to(row.base.dtype))
-
 
 def cut(row: Row, tokenizer: PreTrainedTokenizerBase, config: AnyEditConfig) -> list[Chunk]:
     """The chunks of a row's answer; none for ``"needed"``, which are found on the way.

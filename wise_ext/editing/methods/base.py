@@ -244,9 +244,19 @@ class Method(ABC, Generic[ConfigT]):
         """Undo every edit: the model has the very bits and module objects it had before."""
         self.originals.restore()
 
-    @abstractmethod
     def _edit(self, lessons: list[Lesson], tick: Callable[[int], None]) -> list[MethodOutcome]:
-        """Write lessons, at least one; ``tick`` counts those that are done."""
+        """Write lessons, at least one, in batches; ``tick`` counts those that are done."""
+        outcomes = []
+        size = getattr(self.config, "batch_size", 1)
+        for start in range(0, len(lessons), size):
+            batch = lessons[start : start + size]
+            outcomes += self._teach(batch)
+            tick(len(batch))
+        return outcomes
+
+    @abstractmethod
+    def _teach(self, batch: list[Lesson]) -> list[MethodOutcome]:
+        """Write some lessons together: as many as the settings' ``batch_size``, or one."""
 
     def __enter__(self) -> Self:
         return self

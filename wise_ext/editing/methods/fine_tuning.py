@@ -5,7 +5,7 @@ Everything below the projection stays as it is, so it runs once an edit; the ste
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
@@ -84,15 +84,6 @@ class _FineTuning(Method[ConfigT]):
         # The engine trains masked deltas; here the mask holds everything.
         everything = torch.ones(self._shape, dtype=torch.bool)
         self._mask = bool_to_bits(everything).to(self._engine.device)
-
-    def _edit(self, lessons: list[Lesson], tick: Callable[[int], None]) -> list[MethodOutcome]:
-        outcomes = []
-        size = self.config.batch_size
-        for start in range(0, len(lessons), size):
-            batch = lessons[start : start + size]
-            outcomes += self._teach(batch)
-            tick(len(batch))
-        return outcomes
 
     def _teach(self, batch: list[Lesson]) -> list[MethodOutcome]:
         clock = Stopwatch()

@@ -107,14 +107,11 @@ class Grace(Method[GraceConfig]):
         self.codebook = Codebook(self.config.radius)
 
     def _edit(self, lessons: list[Lesson], tick: Callable[[int], None]) -> list[MethodOutcome]:
-        outcomes = []
         with self._detached():
-            for lesson in lessons:
-                outcomes.append(self._teach(lesson))
-                tick(1)
-        return outcomes
+            return super()._edit(lessons, tick)
 
-    def _teach(self, lesson: Lesson) -> MethodOutcome:
+    def _teach(self, batch: list[Lesson]) -> list[MethodOutcome]:
+        (lesson,) = batch
         clock = Stopwatch()
         with clock.stage("capture"):
             (row,) = self._engine.capture([lesson.prompt], [lesson.target])
@@ -125,7 +122,7 @@ class Grace(Method[GraceConfig]):
             value, loss, steps = self._optimise(row, start)
         with clock.stage("write"):
             self.codebook.admit(key, lesson.target, value)
-        return MethodOutcome(lesson.edit.id, steps, loss, clock.seconds)
+        return [MethodOutcome(lesson.edit.id, steps, loss, clock.seconds)]
 
     def _start(self, lesson: Lesson) -> Tensor:
         """What a new value is trained from, fp32 [d_model]."""

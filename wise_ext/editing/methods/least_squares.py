@@ -7,7 +7,7 @@ a long one, with a shift before each chunk: AnyEdit (arXiv 2502.05628) on top of
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TypeVar
@@ -119,15 +119,6 @@ class _LeastSquares(Method[ConfigT]):
             count = 1
         before, _, after = around_block(self.layer)
         return [f"{before}.{n}.{after}" for n in range(max(last + 1 - count, 0), last + 1)]
-
-    def _edit(self, lessons: list[Lesson], tick: Callable[[int], None]) -> list[MethodOutcome]:
-        outcomes = []
-        size = self.config.batch_size
-        for start in range(0, len(lessons), size):
-            batch = lessons[start : start + size]
-            outcomes += self._teach(batch)
-            tick(len(batch))
-        return outcomes
 
     def _teach(self, batch: list[Lesson]) -> list[MethodOutcome]:
         clock = Stopwatch()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -85,14 +84,8 @@ class Rome(Method[RomeConfig]):
         self._given = statistics or self.config.statistics
         self._moment: Tensor | None = None
 
-    def _edit(self, lessons: list[Lesson], tick: Callable[[int], None]) -> list[MethodOutcome]:
-        outcomes = []
-        for lesson in lessons:
-            outcomes.append(self._teach(lesson))
-            tick(1)
-        return outcomes
-
-    def _teach(self, lesson: Lesson) -> MethodOutcome:
+    def _teach(self, batch: list[Lesson]) -> list[MethodOutcome]:
+        (lesson,) = batch
         clock = Stopwatch()
         with clock.stage("statistics"):
             if self._moment is None:
@@ -107,4 +100,4 @@ class Rome(Method[RomeConfig]):
             delta = rank_one(torch.cat(keys).mean(0), wish.values[0], self._moment)
         with clock.stage("write"):
             self._add(self.layer, delta)
-        return MethodOutcome(lesson.edit.id, wish.rounds, wish.loss, clock.seconds)
+        return [MethodOutcome(lesson.edit.id, wish.rounds, wish.loss, clock.seconds)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -119,15 +119,6 @@ class Unke(Method[UnkeConfig]):
                     "fp16, not quantised"
                 )
         self._seeker = Seeker(self._engine, tokenizer, self.config, at_subject=False)
-
-    def _edit(self, lessons: list[Lesson], tick: Callable[[int], None]) -> list[MethodOutcome]:
-        outcomes = []
-        size = self.config.batch_size
-        for start in range(0, len(lessons), size):
-            batch = lessons[start : start + size]
-            outcomes += self._teach(batch)
-            tick(len(batch))
-        return outcomes
 
     def _teach(self, batch: list[Lesson]) -> list[MethodOutcome]:
         clock = Stopwatch()
