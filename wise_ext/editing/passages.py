@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 _KEPT = 0.5
 # Edits whose chunks are sought together: their logits have to be there at once.
 _TOGETHER = 8
+# Ranks are told apart by this share of the full one.
+_FINE = 16
 #: What factors are rounded to.
 DTYPE = torch.bfloat16
 
@@ -119,20 +121,21 @@ class PassageWriter:
         return outcome, shard
 
     def _smallest(self, row: Row, factors: Factors) -> LowRankShard:
-        """The shard of the least rank that, rounded, still keeps the labels ahead as the full one
-        does, or by half of the margin."""
+        """The shard of about the least rank that, rounded, still keeps the labels ahead as the full
+        one does, or by half of the margin."""
         whole = LowRankShard.of(*factors)
         with self._half():
             least = self._ahead(row, whole, whole.rank)
             enough = min(least, self._config.margin * _KEPT)
-            low, high = 0, whole.rank
-            while low < high:
+            # Between a rank that will not do and one that will, as far as it is worth a look.
+            low, high = -1, whole.rank
+            while high - low > 1 + whole.rank // _FINE:
                 middle = (low + high) // 2
                 if self._ahead(row, whole, middle) >= enough:
                     high = middle
                 else:
-                    low = middle + 1
-        return whole.first(low, DTYPE)
+                    low = middle
+        return whole.first(high, DTYPE)
 
     def _ahead(self, row: Row, whole: LowRankShard, rank: int) -> float:
         added = _added(row, whole.first(rank, DTYPE))
