@@ -77,6 +77,8 @@ def test_eval_show_verify_undo(
         (("--method", "wise", "--window", "3"), "--window is of --method anyedit"),
         (("--into", "main"), "anyedit edits a side memory: anyedit-alphaedit is for the weights"),
         (("--method", "memit", "--into", "side"), "--into side: memit edits weights"),
+        (("--method", "rome", "--router", "key"), "--router is of a side memory: rome edits the w"),
+        (("--method", "rome", "--resume"), "--resume is of a side memory: rome edits the weights"),
         (("--router", "indicator"), "use router='key', not 'indicator'"),
         (("--variant", "merge"), "anyedit merges nothing"),
     ],

@@ -127,9 +127,10 @@ def edit(
         "chat_template": chat or None,
         "stored": stored.value,
     }
+    block: int | str = int(layer) if layer.isdecimal() else layer
     config = WiseConfig.preset(
         preset.value,
-        layer=int(layer) if layer.isdecimal() else layer,
+        layer=block,
         seed=seed,
         **{name: value for name, value in chosen.items() if value is not None},
     )
@@ -144,6 +145,10 @@ def edit(
     if cut and how != ANYEDIT:
         raise ConfigError(f"--{next(iter(cut))} is of --method anyedit: these edits are for wise")
     if how not in SIDE:
+        of_side = {name: chosen[name] for name in chosen if name not in ("chat_template", "stored")}
+        of_side |= {"stored": stored is not StoredKind.exact, "resume": resume}
+        if given := [name.replace("_", "-") for name, value in of_side.items() if value]:
+            raise ConfigError(f"--{given[0]} is of a side memory: {how} edits the weights")
         check_new(out)
     passages = AnyEditConfig.preset(preset.value, **cut) if how == ANYEDIT else None
 
@@ -154,7 +159,7 @@ def edit(
 
     network, tokenizer = load_model(model, dtype=dtype, device=device)
     if how not in SIDE:
-        found = edit_weights(network, tokenizer, how, records, out, chat)
+        found = edit_weights(network, tokenizer, how, records, out, layer=block, chat=chat)
         if json is not None:
             write_json(json, found)
         return

@@ -36,7 +36,7 @@ def edit_weights(
     method: str,
     edits: Sequence[Edit],
     out: Path,
-    chat: bool,
+    **settings: Any,
 ) -> dict[str, Any]:
     """Write edits into the weights, and save the model as ``save_pretrained`` does.
 
@@ -46,7 +46,7 @@ def edit_weights(
         method: one of ``editing.methods.METHODS``.
         edits: in order.
         out: a new folder, or an empty one; made whole or not at all.
-        chat: put prompts into the tokenizer's chat template.
+        settings: of the method's configuration.
 
     Returns:
         Numbers about the run.
@@ -60,7 +60,7 @@ def edit_weights(
 
     if not METHODS[method].in_weights:
         raise ConfigError(f"{method} changes no weights that could be saved: compare it instead")
-    editor = METHODS[method](model, tokenizer, METHODS[method].config_type(chat=chat))
+    editor = METHODS[method](model, tokenizer, METHODS[method].config_type(**settings))
     with progress_bar("editing") as move:
         outcomes = editor.edit(edits, progress=move)
     about = {
