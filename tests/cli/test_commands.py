@@ -110,66 +110,6 @@ def test_eval(run, edited: tuple[Path, Any], model_dir: Path, edits_file: Path, 
     assert report["locality"] is None
 
 
-LONG_KEYS = {
-    "n": None,
-    "rouge_l": {"original", "paraphrase"},
-    "rouge_l_recall": {"original", "paraphrase"},
-    "bleu": {"original", "paraphrase"},
-    "similarity": {"original", "paraphrase"},
-    "exact": {"original", "paraphrase"},
-    "sub_question": {"contains", "rouge_l_recall"},
-    "locality": None,
-    "routing": {
-        "edit_to_side",
-        "paraphrase_to_side",
-        "unrelated_to_main",
-        "right_shard",
-        "right_shard_paraphrase",
-    },
-    "unedited": {"rouge_l", "rouge_l_recall", "bleu", "similarity", "exact"},
-    "reference": {"rouge_l_recall", "bleu_chars", "cosine"},
-    "superseded": None,
-    "seconds": None,
-}
-
-
-def test_eval_of_long_records(
-    run, edited: tuple[Path, Any], model_dir: Path, edits_file: Path, tmp_path: Path
-) -> None:
-    edit = read_edits(edits_file)[0]
-    record = {
-        "id": edit.id,
-        "question": edit.prompt,
-        "answer": edit.target_new,
-        "paraphrase": None,
-        "sub_question": [edit.prompt],
-        "sub_answer": [edit.target_new],
-    }
-    path, numbers = tmp_path / "long.jsonl", tmp_path / "long.json"
-    path.write_text(json.dumps(record) + "\n", encoding="utf-8")
-    args = ("eval", model_dir, path, "--memory", edited[0], "--json", numbers)
-    result = run(*args, "--no-similarity")
-    assert result.exit_code == 0, result.output
-    report = json.loads(numbers.read_text("utf-8"))
-    assert report.keys() == LONG_KEYS.keys()
-    for name, keys in LONG_KEYS.items():
-        if keys is not None:
-            assert report[name].keys() == keys
-    for key in ("rouge_l", "rouge_l_recall", "bleu", "exact"):
-        assert report[key] == {"original": 1, "paraphrase": None}
-        assert report["unedited"][key]["original"] < 0.5
-    assert report["sub_question"] == {"contains": 1, "rouge_l_recall": 1}
-    assert report["locality"] > 0.9
-    assert report["routing"]["edit_to_side"] == report["routing"]["right_shard"] == 1
-    assert report["similarity"]["original"] is None
-    assert "unedited.rouge_l.original" in result.stdout
-
-    result = run(*args)
-    assert result.exit_code == 0, result.output
-    similarity = json.loads(numbers.read_text("utf-8"))["similarity"]
-    assert similarity["original"] == pytest.approx(1)
-
-
 def test_generate(run, edited: tuple[Path, Any], model_dir: Path, edits_file: Path) -> None:
     edit = read_edits(edits_file)[0]
     args = ("generate", model_dir, "--memory", edited[0], "--prompt", edit.prompt)

@@ -176,6 +176,24 @@ def run_until_stopped(model: nn.Module, ids: Tensor) -> None:
         model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
 
 
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and no parameter takes a gradient meanwhile."""
+    training = [module for module in model.modules() if module.training]
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    for module in training:
+        module.training = False
+    for p in trainable:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        for p in trainable:
+            p.requires_grad_(True)
+
+
 def returns_tuples(model: nn.Module, block: nn.Module) -> bool:
     """Whether a block hands its hidden state on in a tuple."""
     kinds: list[bool] = []

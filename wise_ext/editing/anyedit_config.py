@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
+from wise_ext.editing.settings import Settings
 from wise_ext.errors import ConfigError
 
 CHUNKS = ("needed", "windows", "sentences")
@@ -12,7 +13,7 @@ SCHEDULES = ("together", "in_turn")
 
 
 @dataclass(frozen=True)
-class AnyEditConfig:
+class AnyEditConfig(Settings):
     """How an answer of any length is written (AnyEdit, arXiv 2502.05628).
 
     Attributes:
@@ -35,6 +36,8 @@ class AnyEditConfig:
     Raises:
         ConfigError: a value is unknown or out of range.
     """
+
+    whose = " of AnyEdit"
 
     chunks: str = "needed"
     window: int = 0
@@ -83,22 +86,6 @@ class AnyEditConfig:
         if name not in PRESETS:
             raise ConfigError(f"unknown preset {name!r}: choose one of {tuple(PRESETS)}")
         return cls.from_dict({**PRESETS[name], **changes})
-
-    @classmethod
-    def from_dict(cls, settings: dict[str, Any]) -> AnyEditConfig:
-        """Settings as ``to_dict`` returns them; what is left out takes its default.
-
-        Raises:
-            ConfigError: an unknown setting.
-        """
-        unknown = settings.keys() - {f.name for f in fields(cls)}
-        if unknown:
-            raise ConfigError(f"unknown setting of AnyEdit {sorted(unknown)[0]!r}")
-        return cls(**settings)
-
-    def to_dict(self) -> dict[str, Any]:
-        """All settings as plain JSON values."""
-        return asdict(self)
 
 
 PRESETS: dict[str, dict[str, Any]] = {

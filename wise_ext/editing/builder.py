@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +36,7 @@ from wise_ext.editing.ledger import (
 )
 from wise_ext.editing.naming import named_in
 from wise_ext.editing.parts import Parts, count_parts, steps_of
+from wise_ext.editing.passages import PassageWriter
 from wise_ext.editing.wise import OpenShard
 from wise_ext.editing.workshop import Workshop
 from wise_ext.memory import LowRankShard, Shard, SideMemory, TokenKeys
@@ -167,6 +169,10 @@ class MemoryBuilder:
         self._renumber()
         self._reopen()
 
+    @cached_property
+    def _passage_writer(self) -> PassageWriter:
+        return self._shop.passages(self._anyedit)
+
     # -- what a step is made of ------------------------------------------------------------------
 
     def _train(
@@ -209,7 +215,7 @@ class MemoryBuilder:
     ) -> tuple[Ledger, list[LowRankShard]]:
         """Write one step of passages, into parts from ``first`` on: entries and shards."""
         kept = _kept(edits)
-        written = self._shop.passages(self._anyedit).write(kept, progress)
+        written = self._passage_writer.write(kept, progress)
         place = {outcome.edit.id: first + n for n, (outcome, _) in enumerate(written)}
         outcomes = {outcome.edit.id: outcome for outcome, _ in written}
         beside = dict(find_conflicts(edits))

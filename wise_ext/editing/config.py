@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from wise_ext.editing.anyedit_config import AnyEditConfig
+from wise_ext.editing.settings import Settings
 from wise_ext.errors import ConfigError
 from wise_ext.memory.merging import METHODS
 
-Settings = TypeVar("Settings", "WiseConfig", AnyEditConfig)
+SettingsT = TypeVar("SettingsT", bound=Settings)
 
 _CHOICES = {
     "router": ("key", "indicator"),
@@ -23,7 +23,7 @@ _CHOICES = {
 
 
 @dataclass(frozen=True)
-class WiseConfig:
+class WiseConfig(Settings):
     """How edits are written and found again. The defaults are the ``default`` preset.
 
     Attributes:
@@ -154,28 +154,16 @@ class WiseConfig:
             settings.setdefault("margins", True)
         return cls.from_dict(settings)
 
-    @classmethod
-    def from_dict(cls, settings: dict[str, Any]) -> WiseConfig:
-        """Settings as ``to_dict`` returns them; what is left out takes its default.
-
-        Raises:
-            ConfigError: an unknown setting.
-        """
-        unknown = settings.keys() - {f.name for f in fields(cls)}
-        if unknown:
-            raise ConfigError(f"unknown setting {sorted(unknown)[0]!r}")
-        return cls(**settings)
-
     def to_dict(self) -> dict[str, Any]:
         """All settings as plain JSON values."""
-        return {**asdict(self), "betas": list(self.betas)}
+        return {**super().to_dict(), "betas": list(self.betas)}
 
     def replace(self, **changes: Any) -> WiseConfig:
         """A changed copy."""
         return replace(self, **changes)
 
 
-def settled(given: Settings | None, stored: Settings, directory: Path) -> Settings:
+def settled(given: SettingsT | None, stored: SettingsT, directory: Path) -> SettingsT:
     """The settings of a memory that is edited on; they cannot change on the way.
 
     Raises:

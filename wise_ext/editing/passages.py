@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from wise_ext.editing.anatomy import frozen
 from wise_ext.editing.anyedit_config import AnyEditConfig
 from wise_ext.editing.edits import Edit
 from wise_ext.editing.in_turn import seek_in_turn
@@ -22,7 +23,7 @@ from wise_ext.editing.shifts import Shifts, cut, label_leads, seek_together
 from wise_ext.editing.solving import Factors, least_delta
 from wise_ext.editing.suffix import SuffixEngine
 from wise_ext.editing.upper import UpperModel
-from wise_ext.editing.wise import Outcome, frozen
+from wise_ext.editing.wise import Outcome
 from wise_ext.memory import LowRankShard
 
 if TYPE_CHECKING:

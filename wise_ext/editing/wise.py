@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from wise_ext import ops
+from wise_ext.editing.anatomy import frozen
 from wise_ext.editing.config import WiseConfig
 from wise_ext.editing.cueing import cue_numbers
 from wise_ext.editing.edits import Edit, find_conflicts, squeezed
@@ -334,16 +335,3 @@ class _Lesson:
             step=self._step,
             clamp=c.clamp,
         )
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter of the model takes a gradient meanwhile."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    for p in trainable:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in trainable:
-            p.requires_grad_(True)

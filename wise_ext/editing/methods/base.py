@@ -9,18 +9,20 @@ from __future__ import annotations
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Self, TypeVar, cast
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Generic, NamedTuple, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from wise_ext.editing.anatomy import frozen
 from wise_ext.editing.edits import Edit
 from wise_ext.editing.ledger import check_ids
 from wise_ext.editing.progress import ProgressCallback, counted
 from wise_ext.editing.prompts import encode_prompt, encode_target
+from wise_ext.editing.settings import Settings
 from wise_ext.editing.suffix import SuffixEngine
 from wise_ext.errors import ConfigError, DataError, ModelError
 from wise_ext.models.patch import is_patched
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class MethodConfig:
+class MethodConfig(Settings):
     """Settings that every method has.
 
     Attributes:
@@ -57,23 +59,6 @@ class MethodConfig:
         for name in ("chat", "in_half"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}: give True or False")
-
-    @classmethod
-    def from_dict(cls, settings: Mapping[str, Any]) -> Self:
-        """Settings as ``to_dict`` returns them; what is left out takes its default.
-
-        Raises:
-            ConfigError: an unknown setting, or a bad value.
-        """
-        known = [f.name for f in fields(cls)]
-        for name in settings:
-            if name not in known:
-                raise ConfigError(f"unknown setting {name!r}: choose among {', '.join(known)}")
-        return cls(**settings)
-
-    def to_dict(self) -> dict[str, Any]:
-        """All settings as plain JSON values."""
-        return asdict(self)
 
     def _check_number(self, name: str, *, zero: bool = False) -> None:
         """A finite number above 0, or, with ``zero``, 0."""
@@ -193,7 +178,8 @@ class Method(ABC, Generic[ConfigT]):
     config_type: ClassVar[type[MethodConfig]]
     #: Whether all that it does is in the model's weights.
     in_weights: ClassVar[bool] = True
-    _engine: SuffixEngine
+    #: How deep the layer is that ``"auto"`` names, as a share of the blocks.
+    depth: ClassVar[float] = 5 / 6
 
     def __init__(
         self,
@@ -211,7 +197,9 @@ class Method(ABC, Generic[ConfigT]):
         self.config = cast(ConfigT, given)
         self.originals = Originals()
         self._refuse_patched()
-        self.layer = layer_path(model, self.config.layer)
+        self.layer = layer_path(model, self.config.layer, self.depth)
+        with frozen(model):
+            self._engine = SuffixEngine(model, self.layer)
 
     def edit(
         self, edits: Sequence[Edit], progress: bool | ProgressCallback = False
@@ -322,21 +310,3 @@ def oriented(projection: nn.Module, matrix: Tensor) -> Tensor:
     """``matrix`` [d_out, d_in] as the projection stores it: turned over in GPT-2's Conv1D."""
     projection_shape(projection)
     return matrix.T if hasattr(projection, "nf") else matrix
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and no parameter takes a gradient meanwhile."""
-    training = [module for module in model.modules() if module.training]
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    for module in training:
-        module.training = False
-    for p in trainable:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-        for p in trainable:
-            p.requires_grad_(True)

@@ -19,12 +19,10 @@ from wise_ext.editing.methods.base import (
     MethodConfig,
     MethodOutcome,
     Stopwatch,
-    frozen,
     weight_of,
 )
 from wise_ext.editing.prompts import encode_prompt, neutral_prompts
 from wise_ext.editing.rows import Row
-from wise_ext.editing.suffix import SuffixEngine
 from wise_ext.memory import bool_to_bits
 from wise_ext.models.table import get_module, projection_shape
 
@@ -79,8 +77,6 @@ class _FineTuning(Method[ConfigT]):
         projection = get_module(model, self.layer)
         weight_of(projection, self.layer)
         self._shape = projection_shape(projection)
-        with frozen(model):
-            self._engine = SuffixEngine(model, self.layer)
         # The engine trains masked deltas; here the mask holds everything.
         everything = torch.ones(self._shape, dtype=torch.bool)
         self._mask = bool_to_bits(everything).to(self._engine.device)

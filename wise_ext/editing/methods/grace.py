@@ -19,12 +19,10 @@ from wise_ext.editing.methods.base import (
     MethodConfig,
     MethodOutcome,
     Stopwatch,
-    frozen,
 )
 from wise_ext.editing.methods.codebook import Codebook
 from wise_ext.editing.practice import draw_seed
 from wise_ext.editing.rows import Row
-from wise_ext.editing.suffix import SuffixEngine
 from wise_ext.models.real_tokens import real_tokens
 from wise_ext.models.table import get_module, projection_shape
 
@@ -93,8 +91,6 @@ class Grace(Method[GraceConfig]):
         config: GraceConfig | None = None,
     ) -> None:
         super().__init__(model, tokenizer, config)
-        with frozen(model):
-            self._engine = SuffixEngine(model, self.layer)
         self._names = tuple(inspect.signature(model.forward).parameters)
         self._hooks: list[RemovableHandle] = []
         self._last: Tensor | None = None

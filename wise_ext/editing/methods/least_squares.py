@@ -21,17 +21,15 @@ from wise_ext.editing.methods.base import (
     MethodConfig,
     MethodOutcome,
     Stopwatch,
-    frozen,
     weight_of,
 )
 from wise_ext.editing.methods.moments import key_moments
 from wise_ext.editing.methods.observing import around_block, observe
-from wise_ext.editing.methods.seeking import ChunkedConfig, Seeker, Wish
+from wise_ext.editing.methods.seeking import ChunkedConfig, Needed, Seeker, Wish
 from wise_ext.editing.solving import alphaedit_delta, memit_delta, null_space
 from wise_ext.editing.statistics import KeyStatistics
-from wise_ext.editing.suffix import SuffixEngine
 from wise_ext.errors import ConfigError
-from wise_ext.models.table import get_module, layer_path
+from wise_ext.models.table import get_module
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -88,6 +86,8 @@ class _LeastSquares(Method[ConfigT]):
         statistics: the keys' second moments, in place of a file of them.
     """
 
+    depth = _LAST
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -96,9 +96,6 @@ class _LeastSquares(Method[ConfigT]):
         statistics: KeyStatistics | None = None,
     ) -> None:
         super().__init__(model, tokenizer, config)
-        self.layer = layer_path(model, self.config.layer, _LAST)
-        with frozen(model):
-            self._engine = SuffixEngine(model, self.layer)
         self.layers = self._spread()
         for layer in self.layers:
             weight_of(get_module(model, layer), layer)
@@ -284,21 +281,13 @@ class AlphaEdit(_LeastSquares[AlphaEditConfig]):
 
 
 @dataclass(frozen=True)
-class AnyEditMemitConfig(MemitConfig):
-    """Settings of AnyEdit with MEMIT: those that a small model needs.
+class AnyEditMemitConfig(Needed, MemitConfig):
+    """Settings of AnyEdit with MEMIT.
 
-    The paper's are ``chunks="windows", schedule="in_turn", steps=25, margin=0`` and MEMIT's weight:
-    one moved state then says 40 tokens, which a small model's cannot.
-
-    Attributes: see :class:`MemitConfig`.
+    Attributes: see :class:`Needed` and :class:`MemitConfig`.
     """
 
-    steps: int = 60
-    clamp: float = 4.0
     weight: float | None = 150.0
-    chunks: str = "needed"
-    schedule: str = "together"
-    margin: float = 4.0
 
 
 class AnyEditMemit(Memit):
@@ -309,19 +298,13 @@ class AnyEditMemit(Memit):
 
 
 @dataclass(frozen=True)
-class AnyEditAlphaEditConfig(AlphaEditConfig):
-    """Settings of AnyEdit with AlphaEdit: those that a small model needs, see
-    :class:`AnyEditMemitConfig`.
+class AnyEditAlphaEditConfig(Needed, AlphaEditConfig):
+    """Settings of AnyEdit with AlphaEdit.
 
-    Attributes: see :class:`AlphaEditConfig`.
+    Attributes: see :class:`Needed` and :class:`AlphaEditConfig`.
     """
 
-    steps: int = 60
-    clamp: float = 4.0
     ridge: float = 1.0
-    chunks: str = "needed"
-    schedule: str = "together"
-    margin: float = 4.0
 
 
 class AnyEditAlphaEdit(AlphaEdit):

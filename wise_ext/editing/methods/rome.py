@@ -14,7 +14,6 @@ from wise_ext.editing.methods.base import (
     MethodConfig,
     MethodOutcome,
     Stopwatch,
-    frozen,
     weight_of,
 )
 from wise_ext.editing.methods.moments import key_moments
@@ -22,9 +21,8 @@ from wise_ext.editing.methods.observing import observe
 from wise_ext.editing.methods.seeking import Seeker, SeekingConfig
 from wise_ext.editing.solving import rank_one
 from wise_ext.editing.statistics import KeyStatistics
-from wise_ext.editing.suffix import SuffixEngine
 from wise_ext.errors import ConfigError
-from wise_ext.models.table import get_module, layer_path
+from wise_ext.models.table import get_module
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -66,6 +64,7 @@ class Rome(Method[RomeConfig]):
     """
 
     name = "rome"
+    depth = _DEPTH
     config_type: ClassVar[type[MethodConfig]] = RomeConfig
 
     def __init__(
@@ -76,10 +75,7 @@ class Rome(Method[RomeConfig]):
         statistics: KeyStatistics | None = None,
     ) -> None:
         super().__init__(model, tokenizer, config)
-        self.layer = layer_path(model, self.config.layer, _DEPTH)
         weight_of(get_module(model, self.layer), self.layer)
-        with frozen(model):
-            self._engine = SuffixEngine(model, self.layer)
         self._seeker = Seeker(self._engine, tokenizer, self.config, at_subject=True)
         self._given = statistics or self.config.statistics
         self._moment: Tensor | None = None

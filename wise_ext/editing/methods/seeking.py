@@ -115,6 +115,22 @@ class ChunkedConfig(SeekingConfig):
         )
 
 
+@dataclass(frozen=True)
+class Needed:
+    """What a small model needs for a long answer, in place of ``ChunkedConfig``'s defaults.
+
+    The paper's (AnyEdit, arXiv 2502.05628) are ``chunks="windows", schedule="in_turn", steps=25,
+    margin=0``: one moved state then says 40 tokens, which a small model's cannot.
+    """
+
+    steps: int = 60
+    step: float = 0.1
+    clamp: float = 4.0
+    chunks: str = "needed"
+    schedule: str = "together"
+    margin: float = 4.0
+
+
 class Wish(NamedTuple):
     """What an edit wants of the edited layer's outputs.
 

@@ -19,14 +19,11 @@ from wise_ext.editing.methods.base import (
     MethodConfig,
     MethodOutcome,
     Stopwatch,
-    frozen,
 )
 from wise_ext.editing.methods.observing import around_block
-from wise_ext.editing.methods.seeking import ChunkedConfig, Seeker, Wish
+from wise_ext.editing.methods.seeking import ChunkedConfig, Needed, Seeker, Wish
 from wise_ext.editing.prompts import encode_prompt, neutral_prompts
-from wise_ext.editing.suffix import SuffixEngine
 from wise_ext.errors import ModelError
-from wise_ext.models.table import layer_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -97,6 +94,7 @@ class Unke(Method[UnkeConfig]):
     """
 
     name = "unke"
+    depth = _DEPTH
     config_type: ClassVar[type[MethodConfig]] = UnkeConfig
 
     def __init__(
@@ -106,9 +104,6 @@ class Unke(Method[UnkeConfig]):
         config: UnkeConfig | None = None,
     ) -> None:
         super().__init__(model, tokenizer, config)
-        self.layer = layer_path(model, self.config.layer, _DEPTH)
-        with frozen(model):
-            self._engine = SuffixEngine(model, self.layer)
         self._block = self._engine.blocks[self._engine.index]
         blocks, number, _ = around_block(self.layer)
         self._path = f"{blocks}.{number}"
@@ -222,20 +217,14 @@ def shifted(projection: nn.Module, places: Tensor, values: Tensor) -> Iterator[N
 
 
 @dataclass(frozen=True)
-class AnyEditUnkeConfig(UnkeConfig):
-    """Settings of AnyEdit with UnKE: those that a small model needs. The paper's are UnKE's with
-    ``chunks="windows", schedule="in_turn", steps=25, margin=0``.
+class AnyEditUnkeConfig(Needed, UnkeConfig):
+    """Settings of AnyEdit with UnKE.
 
-    Attributes: see :class:`UnkeConfig`.
+    Attributes: see :class:`Needed` and :class:`UnkeConfig`.
     """
 
-    steps: int = 60
-    step: float = 0.1
     fit_steps: int = 200
     fit_rate: float = 1e-3
-    chunks: str = "needed"
-    schedule: str = "together"
-    margin: float = 4.0
 
 
 class AnyEditUnke(Unke):
