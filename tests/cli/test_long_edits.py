@@ -86,7 +86,8 @@ def test_eval_show_verify_undo(
     found = json.loads(report.read_text())
     assert found["rouge_l"]["original"] == found["exact"]["original"] == 1.0
     assert found["locality"] is not None and found["routing"]["right_shard"] == 1.0
-    assert "moss" in run("show", memory).stdout
+    (line,) = (x for x in run("show", memory).stdout.splitlines() if x.split()[:1] == ["moss"])
+    assert "At dawn the moss drinks and tips a copper cup. Two cups" in line
     assert run("verify", memory).exit_code == 0
     done = run("undo", memory, "--edit", "ferry", "--model", model_dir)
     assert done.exit_code == 0, done.output

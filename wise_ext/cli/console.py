@@ -59,6 +59,12 @@ def number_of(count: int, what: str) -> str:
     return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
+def shortened(text: str, width: int = 48) -> str:
+    """A text on one line, cut where it is longer than ``width``."""
+    line = " ".join(text.split()) or "(nothing)"
+    return line if len(line) <= width else line[: width - 1] + "…"
+
+
 def size_name(size: float) -> str:
     """Bytes for people: 1536 → ``1.5 KiB``."""
     for unit in ("B", "KiB", "MiB"):

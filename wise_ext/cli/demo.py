@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from .choices import JsonOption
-from .console import metrics_table, note, number_of, route_name, say, size_name, table
+from .console import metrics_table, note, number_of, route_name, say, shortened, size_name, table
 from .edit import numbers, remarks
 from .files import check_file, check_folder, write_json
 
@@ -75,23 +75,24 @@ def _rows(
 ) -> Iterator[tuple[object, ...]]:
     """Three lines a fact: the prompt it was taught with, its rephrasing, something unrelated."""
     for row, old, old_rephrased in zip(details, before, rephrased_before, strict=True):
-        yield "edit", row["prompt"], _short(old), _short(row["answer"]), route_name(row["route"])
+        yield (
+            "edit",
+            row["prompt"],
+            shortened(old),
+            shortened(row["answer"]),
+            route_name(row["route"]),
+        )
         yield (
             "rephrased",
             row["rephrase_prompt"],
-            _short(old_rephrased),
-            _short(row["rephrase_answer"]),
+            shortened(old_rephrased),
+            shortened(row["rephrase_answer"]),
             route_name(row["rephrase_route"]),
         )
         yield (
             "unrelated",
             row["locality_prompt"],
-            _short(row["locality_unedited_answer"]),
-            _short(row["locality_answer"]),
+            shortened(row["locality_unedited_answer"]),
+            shortened(row["locality_answer"]),
             route_name(row["locality_route"]),
         )
-
-
-def _short(text: str, width: int = 48) -> str:
-    line = " ".join(text.split()) or "(nothing)"
-    return line if len(line) <= width else line[: width - 1] + "…"

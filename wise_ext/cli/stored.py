@@ -7,7 +7,10 @@ from typing import Annotated
 import typer
 
 from .choices import DeviceOption, DtypeOption, FolderArgument
-from .console import complain, say, size_name, table
+from .console import complain, say, shortened, size_name, table
+
+# Of a prompt and of an answer, which may be paragraphs.
+_WIDTH = 80
 
 
 def show(directory: FolderArgument) -> None:
@@ -46,8 +49,8 @@ def show(directory: FolderArgument) -> None:
         [
             (
                 line.get("id"),
-                line.get("prompt"),
-                line.get("target"),
+                shortened(line["prompt"], _WIDTH),
+                shortened(line["target"], _WIDTH),
                 line.get("shard"),
                 line.get("iterations"),
             )

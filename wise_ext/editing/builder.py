@@ -97,7 +97,6 @@ class MemoryBuilder:
         """One step: edits into the open part, or (``"anyedit"``) each into a part of its own.
 
         Raises:
-            ConfigError: the memory cannot hold passages.
             DataError: an edit has no tokens.
         """
         step = 1 + max((int(e["step"]) for e in self.ledger), default=-1)

@@ -138,7 +138,7 @@ class Editor:
         if method not in METHODS:
             raise ConfigError(f"unknown method {method!r}: choose one of {METHODS}")
         if method == ANYEDIT:
-            self._shop.passages(self.anyedit)  # refuses what cannot be
+            self._shop.check_passages()
         check_ids(edits, {entry["id"] for entry in self.ledger})
         conflicts = find_conflicts([*map(edit_of, self.ledger), *edits])
         before = len(self.ledger)

@@ -60,18 +60,21 @@ class Workshop:
         model.train(training)
 
     def passages(self, config: AnyEditConfig) -> PassageWriter:
-        """A writer of edits with answers of any length.
+        """A writer of edits with answers of any length."""
+        engine, half = self.coach.engine, self.coach.in_half
+        return PassageWriter(engine, self._tokenizer, config, self._config.chat_template, half)
+
+    def check_passages(self) -> None:
+        """See that the memory could hold passages beside its other edits.
 
         Raises:
-            ConfigError: the memory could not hold them beside its other edits.
+            ConfigError: it could not.
         """
         c = self._config
         if c.router != "key":
             raise ConfigError(f"anyedit is found by keys: use router='key', not {c.router!r}")
         if not Parts.of(c).apart:
             raise ConfigError("anyedit merges nothing: use variant='retrieve', shards_per_merge=1")
-        engine, half = self.coach.engine, self.coach.in_half
-        return PassageWriter(engine, self._tokenizer, config, c.chat_template, half)
 
     def empty_memory(self) -> SideMemory:
         """A memory without shards, its key index (if it routes by key) knowing what neutral texts
