@@ -113,6 +113,14 @@ def test_half_is_not_used_where_logits_suffer(
     engine = SuffixEngine(model, layer_path(model, 1))
     with engine.in_half():
         assert not any("forward" in vars(m) for m in model.modules())
+    # Texts that the caller knows decide instead, by another bound.
+    engine.halve_replays(lab.prompts(5))
+    with engine.in_half():
+        assert any("forward" in vars(m) for m in model.modules())
+    monkeypatch.setattr(suffix, "HALF_MARGIN", 0.0)
+    engine.halve_replays(lab.prompts(5))
+    with engine.in_half():
+        assert not any("forward" in vars(m) for m in model.modules())
 
 
 def test_where_half_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from wise_ext.editing.chunks import Chunk, windows
 from wise_ext.editing.in_turn import Answer, chunk_losses, seek_in_turn
 from wise_ext.editing.passages import PassageWriter
 from wise_ext.editing.rows import Row
-from wise_ext.editing.shifts import Shifts, _slopes, clamp_, label_leads, scales, seek_together
+from wise_ext.editing.shifts import Shifts, clamp_, label_leads, scales, seek_together, slopes
 from wise_ext.editing.suffix import SuffixEngine
 from wise_ext.editing.upper import Prefix, Stretch, UpperModel
 from wise_ext.models import get_module, layer_path
@@ -210,8 +210,8 @@ def test_gradient_together(lab: SimpleNamespace, name: str) -> None:
     shifts = (0.1 * torch.randn(len(target), d, dtype=torch.float64)).requires_grad_()
     hidden, _, labels = engine.above([row], row.base.index_add(0, keys, shifts))
     margin = 1.0
-    slopes, ahead, _ = _slopes(engine, hidden, labels, margin)
-    (gradient,) = torch.autograd.grad(hidden, shifts, slopes)
+    gradients, ahead, _ = slopes(engine, hidden, labels, margin)
+    (gradient,) = torch.autograd.grad(hidden, shifts, gradients)
     weights = torch.where(ahead < margin, 1.0, 0.1)
 
     def loss(values: Tensor) -> float:

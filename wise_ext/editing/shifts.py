@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from wise_ext.editing.anyedit_config import AnyEditConfig
 from wise_ext.editing.chunks import Chunk, sentences, windows
@@ -87,12 +86,12 @@ def seek_together(
     for rounds in range(config.steps + 1):
         moved = row.base.index_add(0, keys, (shifts * unit).to(row.base.dtype))
         hidden, _, labels = engine.above([row], moved)
-        slopes, ahead, loss = _slopes(engine, hidden, labels, config.margin)
+        gradients, ahead, loss = slopes(engine, hidden, labels, config.margin)
         failing = ahead < config.margin
         if not bool(failing.any()) or rounds == config.steps:
             break
         begun |= _due(failing, begun, config.size, rounds)
-        (gradient,) = torch.autograd.grad(hidden, shifts, slopes)
+        (gradient,) = torch.autograd.grad(hidden, shifts, gradients)
         shifts.grad = gradient * begun.unsqueeze(1)  # the others stay zero
         adam.step()
         clamp_(shifts, norms, unit, config.clamp)
@@ -151,20 +150,34 @@ def _due(failing: Tensor, begun: Tensor, size: int, rounds: int) -> Tensor:
     return due
 
 
-def _slopes(
+def slopes(
     engine: SuffixEngine, hidden: Tensor, labels: Tensor, margin: float
 ) -> tuple[Tensor, Tensor, float]:
-    """The loss's gradient in hidden states [n, d_model], how far each label leads [n], and the mean
-    negative log likelihood. The logits of a long answer are never all there at once."""
+    """How a loss rises with hidden states; the logits of a long answer are never all there at once.
+
+    Args:
+        engine: whose ``above`` gave the states.
+        hidden: [n, d_model].
+        labels: int64 [n].
+        margin: in logits; a label that leads by it counts a tenth.
+
+    Returns:
+        The gradient [n, d_model] of the labels' summed negative log likelihood, how far each label
+        leads [n], and the mean negative log likelihood in nats.
+    """
     gradient, ahead, total = torch.empty_like(hidden), [], 0.0
     for part in _slices(labels):
+        label = labels[part, None]
         states = hidden[part].detach().requires_grad_()
         logits = engine.logits(states)
-        ahead.append(leads(logits.detach(), labels[part]))
-        losses = F.cross_entropy(logits, labels[part], reduction="none")
-        weights = label_weights(ahead[-1], margin)
-        (gradient[part],) = torch.autograd.grad((losses * weights).sum(), states)
-        total += float(losses.detach().sum())
+        # One buffer: log-probabilities, without the labels', then the loss's slope in the logits.
+        buffer = logits.detach().log_softmax(-1)
+        own = buffer.gather(1, label)
+        total -= float(own.sum())
+        ahead.append((own - buffer.scatter_(1, label, -torch.inf).amax(1, keepdim=True))[:, 0])
+        slope = buffer.exp_().scatter_(1, label, own.expm1())
+        (gradient[part],) = torch.autograd.grad(logits, states, slope)
+        gradient[part] *= label_weights(ahead[-1], margin)[:, None]
     return gradient, torch.cat(ahead), total / len(labels)
 
 

@@ -80,7 +80,7 @@ class SuffixEngine:
                 # Not every feed-forward works on each token alone, and some break when asked to.
                 self._feed_forwards = [None] * len(self.blocks)
                 self._verify(layer)
-            self._halves = self._close_halves()
+            self._halves = self._close_halves(self._probe_texts(), _HALF_ERROR)
         self._prefix_halves = HalfProducts([])
         self._in_half = False
 
@@ -229,13 +229,21 @@ class SuffixEngine:
     @contextmanager
     def in_half(self) -> Iterator[None]:
         """Frozen products in bf16 meanwhile, where that is fast and the logits stay close (within
-        half a logit on a probe); as they are elsewhere."""
+        half a logit on a probe, or see ``halve_replays``); as they are elsewhere."""
         self._in_half = True
         try:
             with self._halves.used():
                 yield
         finally:
             self._in_half = False
+
+    @torch.no_grad()
+    def halve_replays(self, texts: Sequence[Sequence[int]]) -> None:
+        """Let ``in_half`` go by the logits of these texts, of two tokens and more, which are to
+        stay within ``HALF_MARGIN``. Without this it goes by a probe of tokens that never stand in
+        one text; on such, a model's lower layers can lose the precision that they have on texts as
+        people write them."""
+        self._halves = self._close_halves(texts, HALF_MARGIN)
 
     @property
     def takes_tokens(self) -> bool:
@@ -332,17 +340,16 @@ class SuffixEngine:
                 f"{float(error):.3g}; name a down projection inside the decoder's block list"
             )
 
-    def _close_halves(self) -> HalfProducts:
+    def _close_halves(self, texts: Sequence[Sequence[int]], within: float) -> HalfProducts:
         """Copies in bf16 of what replays multiply by; of nothing, where that would be no faster or
-        the logits suffer."""
+        these texts' logits move by more than ``within``."""
         if not half_is_fast(self.device):
             return HalfProducts([])
         halves = HalfProducts([*self.blocks[self.index + 1 :], *self._tail])
-        texts = self._probe_texts()
         exact = self._unedited(texts)
         with halves.used():
             error = (self._unedited(texts) - exact).abs().max()
-        return halves if error <= _HALF_ERROR else HalfProducts([])
+        return halves if error <= within else HalfProducts([])
 
     def _probe_texts(self) -> list[list[int]]:
         """Two rows of different lengths, so that pads are there to be seen."""

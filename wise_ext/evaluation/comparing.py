@@ -70,7 +70,13 @@ class Comparing:
 
 
 class Contender(Protocol):
-    """A method with a model in its hands."""
+    """A method with a model in its hands.
+
+    Attributes:
+        one_pass: whether what it did shows where prompt and answer are read in one pass.
+    """
+
+    one_pass: bool
 
     def write(self, edit: Edit) -> Row:
         """Make one edit; returns CPU ``seconds`` by stage and ``iterations``."""
@@ -150,7 +156,7 @@ def _measured(
     baseline: LongBaseline,
     tick: Any,
 ) -> Row:
-    def asked(some: Sequence[Edit]) -> Row:
+    def asked(some: Sequence[Edit], one_pass: bool) -> Row:
         return evaluate_long(
             model,
             tokenizer,
@@ -161,6 +167,7 @@ def _measured(
             sub_questions=what.sub_questions,
             unedited=False,
             baseline=baseline,
+            one_pass=one_pass,
             progress=False,
         )
 
@@ -169,11 +176,11 @@ def _measured(
         for edit in edits:
             written.append(contender.write(edit))
             if what.regime == "each":
-                reports.append(asked([edit]))
+                reports.append(asked([edit], contender.one_pass))
                 contender.reset()
             tick(1)
         if what.regime == "sequence":
-            reports.append(asked(edits))
+            reports.append(asked(edits, contender.one_pass))
     return _costs(written) | _mean_of(reports)
 
 
@@ -199,6 +206,8 @@ def _contender(
 
 
 class _Nobody:
+    one_pass = True
+
     def write(self, edit: Edit) -> Row:
         return {"seconds": {}, "iterations": 0}
 
@@ -208,6 +217,8 @@ class _Nobody:
 
 class _SideMemory:
     """The Editor: ``settings`` are ``WiseConfig``'s, under ``"anyedit"`` those of AnyEdit."""
+
+    one_pass = True
 
     def __init__(
         self,
@@ -241,6 +252,7 @@ class _Weights:
         from ..editing.methods import make_method
 
         self._method = make_method(name, model, tokenizer, **settings)
+        self.one_pass = self._method.one_pass
 
     def write(self, edit: Edit) -> Row:
         start = time.process_time()

@@ -111,6 +111,14 @@ def text_of(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
     )
 
 
+def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Tokens that end an answer: the tokenizer's, and those of the model's generation settings."""
+    own = model.generation_config
+    stops = own.eos_token_id if own is not None else None
+    known = stops if isinstance(stops, list) else [] if stops is None else [stops]
+    return frozenset({stop_token(tokenizer), *known})
+
+
 @contextmanager
 def _plain_greedy(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
@@ -122,9 +130,7 @@ def _plain_greedy(
     from transformers import GenerationConfig
 
     own = model.generation_config
-    stops = own.eos_token_id if own is not None else None
-    stop_ids = {stop_token(tokenizer)}
-    stop_ids.update(stops if isinstance(stops, list) else [] if stops is None else [stops])
+    stop_ids = stop_tokens(model, tokenizer)
     pad_id = tokenizer.pad_token_id
     if pad_id is None:
         pad_id = stop_token(tokenizer)
@@ -138,6 +144,6 @@ def _plain_greedy(
     )
     model.generation_config = plain
     try:
-        yield int(pad_id), frozenset(stop_ids)
+        yield int(pad_id), stop_ids
     finally:
         model.generation_config = own

@@ -78,7 +78,7 @@ def baseline_of(
     prompts = unrelated_prompts() if unrelated is None else tuple(unrelated)
     total = len(prompts) + _count(edits)
     with _evaluating(model), counted("asking the unedited model", total, progress) as tick:
-        asker = Asker(model, tokenizer, chat, batch_size, max_new_tokens, tick)
+        asker = Asker(model, tokenizer, chat, batch_size, max_new_tokens, True, tick)
         with asker.unedited():
             said = _say(asker, prompts)
             pairs = _pairs(asker, edits, asker.answers(_questions(asker, edits)))
@@ -100,6 +100,7 @@ def evaluate_long(
     unrelated: Sequence[str] | None = None,
     unedited: bool = True,
     baseline: LongBaseline | None = None,
+    one_pass: bool = True,
     progress: bool | ProgressCallback = True,
     details: bool = False,
 ) -> dict[str, Any]:
@@ -143,6 +144,9 @@ def evaluate_long(
         unrelated: prompts for ``locality``; None for those of this project.
         unedited: ask the model without its memory too.
         baseline: what the model said before it was edited, where that cannot be asked any more.
+        one_pass: a prompt and an answer may be read in one pass, which is much faster than writing
+            an answer that is as expected. False for an editor that looks at where a prompt ends
+            (GRACE); ``locality`` is then token by token that of what is written.
         progress: a bar on standard error, or a function called with (done, total).
         details: add ``details``, one row an edit: its own scores, answers and routes.
 
@@ -171,7 +175,7 @@ def evaluate_long(
     total = _count(kept) * (1 + asks_plain) + len(prompts) * (1 + patched * (baseline is None))
     total += sum(len(edit.sub_question) for edit in kept) * sub_questions
     with _evaluating(model), counted("evaluating", total, progress) as tick:
-        asker = Asker(model, tokenizer, chat, batch_size, max_new_tokens, tick)
+        asker = Asker(model, tokenizer, chat, batch_size, max_new_tokens, one_pass, tick)
         questions = _questions(asker, kept)
         written = asker.answers(questions)
         parts = asker.answers(_sub_questions(asker, kept)) if sub_questions else {}

@@ -21,7 +21,7 @@ from wise_ext.editing.anatomy import frozen
 from wise_ext.editing.edits import Edit
 from wise_ext.editing.ledger import check_ids
 from wise_ext.editing.progress import ProgressCallback, counted
-from wise_ext.editing.prompts import encode_prompt, encode_target
+from wise_ext.editing.prompts import encode_prompt, encode_target, neutral_prompts
 from wise_ext.editing.settings import Settings
 from wise_ext.editing.suffix import SuffixEngine
 from wise_ext.errors import ConfigError, DataError, ModelError
@@ -30,6 +30,9 @@ from wise_ext.models.table import get_module, layer_path, projection_shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Neutral texts that say whether half precision will do.
+_PROBES = 4
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class MethodConfig(Settings):
             number, or a dotted module path.
         chat: put prompts into the tokenizer's chat template.
         in_half: work out frozen products above the layer in bf16, where the machine has units for
-            that and the logits stay close (``SuffixEngine.in_half``).
+            that and the logits stay close (``SuffixEngine.halve_replays``).
 
     Raises:
         ConfigError: a value is of the wrong kind.
@@ -178,6 +181,8 @@ class Method(ABC, Generic[ConfigT]):
     config_type: ClassVar[type[MethodConfig]]
     #: Whether all that it does is in the model's weights.
     in_weights: ClassVar[bool] = True
+    #: Whether what it does shows where prompt and answer are read in one pass.
+    one_pass: ClassVar[bool] = True
     #: How deep the layer is that ``"auto"`` names, as a share of the blocks.
     depth: ClassVar[float] = 5 / 6
 
@@ -200,6 +205,9 @@ class Method(ABC, Generic[ConfigT]):
         self.layer = layer_path(model, self.config.layer, self.depth)
         with frozen(model):
             self._engine = SuffixEngine(model, self.layer)
+            if self.config.in_half:
+                texts = (encode_prompt(tokenizer, text) for text in neutral_prompts()[:_PROBES])
+                self._engine.halve_replays([ids for ids in texts if len(ids) > 1])
 
     def edit(
         self, edits: Sequence[Edit], progress: bool | ProgressCallback = False

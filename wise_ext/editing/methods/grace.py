@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from wise_ext.editing.losses import label_loss
 from wise_ext.editing.methods.base import (
     Lesson,
     Method,
@@ -23,6 +23,7 @@ from wise_ext.editing.methods.base import (
 from wise_ext.editing.methods.codebook import Codebook
 from wise_ext.editing.practice import draw_seed
 from wise_ext.editing.rows import Row
+from wise_ext.editing.shifts import slopes
 from wise_ext.models.real_tokens import real_tokens
 from wise_ext.models.table import get_module, projection_shape
 
@@ -82,6 +83,7 @@ class Grace(Method[GraceConfig]):
 
     name = "grace"
     in_weights = False
+    one_pass = False
     config_type: ClassVar[type[MethodConfig]] = GraceConfig
 
     def __init__(
@@ -130,9 +132,6 @@ class Grace(Method[GraceConfig]):
     def _optimise(self, row: Row, start: Tensor) -> tuple[Tensor, float, int]:
         """The value fp32 [d_model] trained from ``start``, its loss, and how many steps it took."""
         c, engine, place = self.config, self._engine, row.prompt_length - 1
-        shape = projection_shape(engine.projection)
-        unchanged = torch.zeros(shape, device=engine.device)
-        mask = torch.zeros(shape[0], -(-shape[1] // 32), dtype=torch.int32, device=engine.device)
         # What the block adds its projection's output to, at the token where that is replaced.
         rest = torch.zeros_like(start)
         if engine.additive:
@@ -144,12 +143,12 @@ class Grace(Method[GraceConfig]):
         steps = 0
         while True:
             token = (rest + value).to(row.base.dtype)
-            base = torch.cat([row.base[:place], token[None], row.base[place + 1 :]])
-            loss = label_loss(engine.run([replace(row, base=base)], unchanged, mask), 1).sum()
+            outputs = torch.cat([row.base[:place], token[None], row.base[place + 1 :]])
+            hidden, _, labels = engine.above([row], outputs)
+            gradient, _, loss = slopes(engine, hidden, labels, math.inf)
             if steps == c.steps or loss < c.stop_loss:
-                return value.detach(), float(loss.detach()), steps
-            optimizer.zero_grad()
-            loss.backward()
+                return value.detach(), loss, steps
+            (value.grad,) = torch.autograd.grad(hidden, value, gradient / len(labels))
             optimizer.step()
             steps += 1
 

@@ -5,6 +5,7 @@ Weights are then solved for, or trained, that make the shifts; that is where the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -19,7 +20,7 @@ from wise_ext.editing.in_turn import seek_in_turn
 from wise_ext.editing.methods.base import Lesson, MethodConfig
 from wise_ext.editing.prompts import encode_prompt, subject_tokens
 from wise_ext.editing.rows import Row
-from wise_ext.editing.shifts import clamp_, cut, seek_together
+from wise_ext.editing.shifts import clamp_, cut, seek_together, slopes
 from wise_ext.editing.suffix import SuffixEngine
 from wise_ext.editing.upper import UpperModel
 from wise_ext.errors import ConfigError
@@ -267,19 +268,20 @@ def seek_fact(
     while True:
         moved = (shift * unit).to(base.dtype).expand(len(flat), -1)
         hidden, row, labels = engine.above(rows, base.index_add(0, flat, moved))
-        logits = engine.logits(hidden).log_softmax(-1)
         spoken = row < edited
         # Each row has as many labels: the mean over all is that over rows.
-        nll = F.nll_loss(logits[spoken], labels[spoken])
-        loss = nll + config.decay * (shift * unit).norm() / norm**2
+        gradient = torch.zeros_like(hidden)
+        gradient[spoken], _, nll = slopes(engine, hidden[spoken], labels[spoken], math.inf)
+        gradient /= spoken.sum()
+        kept = config.decay * (shift * unit).norm() / norm**2
         if not bool(spoken.all()):
-            before = logits[~spoken].detach() if before is None else before
-            kept = F.kl_div(logits[~spoken], before, log_target=True, reduction="batchmean")
-            loss = loss + config.essence * kept
-        if rounds == config.steps or loss < config.stop_loss:
-            return (shift * unit).detach(), rounds, float(nll.detach())
-        adam.zero_grad()
-        loss.backward()
+            logits = engine.logits(hidden[~spoken]).log_softmax(-1)
+            before = logits.detach() if before is None else before
+            moving = F.kl_div(logits, before, log_target=True, reduction="batchmean")
+            kept = kept + config.essence * moving
+        if rounds == config.steps or nll + float(kept.detach()) < config.stop_loss:
+            return (shift * unit).detach(), rounds, nll
+        (shift.grad,) = torch.autograd.grad([hidden, kept], shift, [gradient, None])
         adam.step()
         clamp_(shift, norm[None], unit, config.clamp)
         rounds += 1
