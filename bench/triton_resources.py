@@ -23,7 +23,14 @@ from triton.compiler import ASTSource
 
 from wise_ext.triton_kernels import configs
 
-MODULES = ("dual_linear", "dual_linear_train", "masked_update", "side_norm", "sketch_norm")
+MODULES = (
+    "dual_linear",
+    "dual_linear_train",
+    "low_rank",
+    "masked_update",
+    "side_norm",
+    "sketch_norm",
+)
 ARCHITECTURES = (80, 90)
 RESULTS = Path(__file__).with_name("results") / "triton-resources.jsonl"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

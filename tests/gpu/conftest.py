@@ -21,7 +21,7 @@ ON_A_CARD = os.environ.get("WISE_TEST_DEVICE") == "cuda"
 collect_ignore_glob = [] if ON_A_CARD else ["test_*.py"]
 
 
-@pytest.fixture(params=["add_side_", "dual_linear", "side_norm", "sketch_norm"])
+@pytest.fixture(params=["add_side_", "add_low_rank_", "dual_linear", "side_norm", "sketch_norm"])
 def inference_op(request: pytest.FixtureRequest) -> str:
     """The ops a running model calls."""
     name: str = request.param

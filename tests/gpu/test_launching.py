@@ -76,7 +76,7 @@ def test_a_captured_op_reads_its_tensors_again(provider, make_bank, inference_op
         for value in tensors_of(fresh):
             if value.dim() == 2 and value.is_floating_point():
                 value.normal_()
-        if inference_op in ("add_side_", "dual_linear"):
+        if inference_op in ("add_side_", "add_low_rank_", "dual_linear"):
             fresh[-1].copy_(torch.randint(-1, 3, (5,), dtype=torch.int32))
         for there, here in zip(tensors_of(static), tensors_of(fresh), strict=True):
             there.copy_(here)

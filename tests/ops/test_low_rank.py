@@ -272,6 +272,9 @@ REFUSED = [
     ({"right": lambda t: t[:, 1:]}, "x has d_in = 40, right has 39"),
     ({"rank_ptr": lambda t: t[:0]}, "rank_ptr must have an entry a shard, plus one, got none"),
     ({"route": lambda t: t[:2]}, r"route must have one entry a row of x \(3\), got 2"),
+]
+# What only the values show.
+WRONG_VALUES = [
     ({"route": lambda t: t + 1}, "route must be between -1 and 1, got 2"),
     ({"route": lambda t: t - 1}, "route must be between -1 and 1, got -2"),
     ({"rank_ptr": lambda t: t + 1}, "rank_ptr must ascend from 0 to the 3 rows of left and right"),
@@ -286,6 +289,19 @@ def test_mistakes_are_named(provider, call, changes, message):
     with pytest.raises(RuntimeError, match=f"add_low_rank_: {message}"):
         ops.add_low_rank_(**arguments)
     assert not call["y"].any()
+
+
+@pytest.mark.parametrize(("changes", "message"), WRONG_VALUES)
+def test_wrong_values_are_named_or_nan(provider, raises_on_data, call, changes, message):
+    arguments = {k: changes[k](v) if k in changes else v for k, v in call.items()}
+    if raises_on_data("add_low_rank_"):
+        with pytest.raises(RuntimeError, match=f"add_low_rank_: {message}"):
+            ops.add_low_rank_(**arguments)
+        assert not call["y"].any()
+        return
+    ops.add_low_rank_(**arguments)
+    wrong = call["y"].isnan()
+    assert wrong.any() and torch.equal(wrong.any(1), wrong.all(1))
 
 
 @pytest.mark.parametrize("name", ["x", "left", "right", "rank_ptr", "route"])

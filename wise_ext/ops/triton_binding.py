@@ -48,6 +48,17 @@ def add_side_(
     _launch("dual_linear", "add_side", y, x, *bank, route.contiguous())
 
 
+def add_low_rank_(
+    y: Tensor, x: Tensor, left: Tensor, right: Tensor, rank_ptr: Tensor, route: Tensor
+) -> None:
+    """`wise_ext.ops.add_low_rank_`."""
+    op = "add_low_rank_"
+    checks.low_rank(op, y, x, left, right, rank_ptr, route)
+    _narrow(op, y=y, x=x, left=left)
+    factors = left.contiguous(), right.contiguous(), rank_ptr.contiguous()
+    _launch("low_rank", "add_low_rank", y, x, *factors, route.contiguous())
+
+
 def dual_linear(
     x: Tensor,
     weight: Tensor,
@@ -174,6 +185,7 @@ def masked_update_(
 
 OPS: dict[str, Callable[..., Any]] = {
     "add_side_": add_side_,
+    "add_low_rank_": add_low_rank_,
     "dual_linear": dual_linear,
     "side_norm": side_norm,
     "sketch_norm": sketch_norm,
