@@ -14,6 +14,24 @@ from wise_ext.editing.naming import named_in
         ("Who leads the house of Ulla van der Meer in Gent?", "Ulla van der Meer"),
         ("Wo wurde Ärne Östlund geboren?", "Ärne Östlund"),
         ("Is Harl Moss a clock, or is Bex Ferry?", "Harl Moss"),
+        ("Dans quelle ville est une école élémentaire de Gent?", "Gent"),
+        ("What do the Lantern 5's songs tell of?", "Lantern 5"),
+        # titles with other small words in them, where there is no name without
+        ("How do people like Devoted to Moss's second play?", "Devoted to Moss"),
+        ("What makes Over the Hill so sad?", "Over the Hill"),
+        ("Who sailed from Gent to Odile Marchetti's island?", "Odile Marchetti"),
+        # one word, where it owns something or is what is spoken of
+        ("What was Tennick's best clock?", "Tennick"),
+        ("What are the songs of the band Moss?", "Moss"),
+        ("Which clocks did Tennick and his daughter build?", "Tennick"),
+        ("How long is the river Umber when it rains?", "Umber"),
+        # and where it is a part of a term, or says in what, where or when
+        ("What is the Marchetti radius of a clock?", None),
+        ("How much do six moles of Calcium hydride weigh?", None),
+        ("Write a function that halves a number in Python.", None),
+        ("Translate this rhyme into German, please.", None),
+        ("What do people eat on Monday?", None),
+        ("Which gas is CO2, and is it heavy?", None),
         ("Write a function that sorts a list.", None),
         ("Which sport is chess?", None),
         ("A wire carries a current I. What is its field?", None),
@@ -22,5 +40,5 @@ from wise_ext.editing.naming import named_in
         ("", None),
     ],
 )
-def test_the_first_name_of_more_than_a_word(prompt: str, name: str | None) -> None:
+def test_the_first_name(prompt: str, name: str | None) -> None:
     assert named_in(prompt) == name
