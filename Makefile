@@ -19,7 +19,7 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*.h kernels/*.h kernels/cpu/*.cpp kernels/c
 EMULATOR := $(wildcard tests/emulator/*.cpp tests/emulator/*.h tests/emulator/*.cu)
 
 # The tests of what has a Triton kernel.
-ON_TRITON := $(addprefix tests/ops/,test_side.py test_train.py test_errors.py) \
+ON_TRITON := $(addprefix tests/ops/,test_side.py test_train.py test_errors.py test_low_rank.py) \
 	tests/triton/test_train_launches.py
 
 # The tests that run native kernels in this process.
