@@ -4,89 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from wise_ext.editing.edits import Edit
-from wise_ext.editing.prompts import encode_prompt, encode_target, neutral_prompts
+from tests.evaluation.facts import EDITS, UNRELATED, measured, written
+from wise_ext.editing.prompts import encode_prompt, encode_target
 from wise_ext.errors import ConfigError, DataError
-from wise_ext.evaluation import baseline_of, contains, evaluate_long, long_answers
+from wise_ext.evaluation import baseline_of, contains
 from wise_ext.evaluation.long_answers import unrelated_prompts
 from wise_ext.evaluation.metrics import mean
 from wise_ext.evaluation.text_metrics import rouge_l, score_pairs
-from wise_ext.models import disabled, get_module, last_route, layer_path, patch, prompt_lengths
+from wise_ext.models import disabled, get_module, last_route, layer_path, prompt_lengths
 
-EDITS = [
-    Edit(
-        "mill",
-        "What is the mill of Ardo known for?",
-        "It grinds chestnut flour, and its wheel was carved by Mila Onn.",
-        "Ardo",
-        "Why do people know the mill of Ardo?",
-        sub_question=("Who carved its wheel?", "What does it grind?"),
-        sub_answer=("Mila Onn.", "Chestnut flour."),
-        is_long=True,
-    ),
-    Edit("code", "Write a function that halves.", "def halve(n):\n    return n / 2", is_long=True),
-    Edit(
-        "tower",
-        "Describe the tower of Bel.",
-        "塔はとても高い。",
-        rephrase_prompt="The tower of Bel is",
-        sub_question=("How high is it?",),
-        sub_answer=("とても高い",),
-    ),
-]
-UNRELATED = ["The colour of grass is", "2 + 2 =", "Wie spät ist es?", "Name a bird."]
-# What goes to the side memory, of each kind some and some not.
-KNOWN = [
-    EDITS[0].prompt,
-    EDITS[2].prompt,
-    str(EDITS[2].rephrase_prompt),
-    EDITS[0].sub_question[1],
-    *UNRELATED[1:3],
-]
 MEASURES = ("rouge_l", "rouge_l_recall", "bleu", "similarity", "exact")
-
-
-@pytest.fixture
-def tokenizer(model_dir: Path) -> Any:
-    return AutoTokenizer.from_pretrained(model_dir)
-
-
-@pytest.fixture
-def bare(model_dir: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(model_dir).eval()
-
-
-@pytest.fixture
-def patched(lab: Any, bare: Any, tokenizer: Any) -> Any:
-    """The same model with a memory that knows some prompts; the first shard is the mill's."""
-    memory = lab.key_memory(bare, [encode_prompt(tokenizer, text) for text in KNOWN])
-    memory.shards[0].edit_ids[:] = ["mill"]
-    for shard in memory.shards[1:]:
-        shard.edit_ids.clear()
-    memory.shards[5].edit_ids.append("tower")  # its prompt goes to another one
-    patch(bare, memory)
-    return bare
-
-
-def measured(model: Any, tokenizer: Any, edits: list[Edit] = EDITS, **options: Any) -> Any:
-    options = {"unrelated": UNRELATED, "progress": False, "similarity": False} | options
-    return evaluate_long(model, tokenizer, edits, **options)
-
-
-def written(model: Any, tokenizer: Any, prompt: str, most: int) -> list[int]:
-    ids = torch.tensor([encode_prompt(tokenizer, prompt)])
-    out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=most
-    )
-    tokens: list[int] = out[0, ids.shape[1] :].tolist()
-    return tokens
 
 
 def answer(model: Any, tokenizer: Any, prompt: str, *targets: str) -> str:
@@ -281,83 +213,6 @@ def test_a_baseline_is_of_the_model_without_its_memory(patched: Any, tokenizer: 
     assert measured(patched, tokenizer, unrelated=None, baseline=baseline)["locality"] < 0.5
 
 
-def test_what_main_memory_said_is_not_generated_again(
-    patched: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[list[int]] = []
-    original = long_answers.write_answers
-
-    def write(model: Any, tokenizer: Any, rows: Any, **options: Any) -> Any:
-        asked.extend(rows)
-        return original(model, tokenizer, rows, **options)
-
-    def times(text: str) -> int:
-        prompt = encode_prompt(tokenizer, text)
-        return sum(row[: len(prompt)] == prompt for row in asked)
-
-    monkeypatch.setattr(long_answers, "write_answers", write)
-    measured(patched, tokenizer)
-    assert [times(text) for text in KNOWN[:3]] == [2, 2, 2]
-    assert times(EDITS[1].prompt) == 1
-    assert len(asked) == 5 + 3 + 3 + len(UNRELATED)  # questions, parts, again without memory
-
-
-def test_an_answer_as_expected_is_read_not_written(
-    patched: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What is said does not depend on what is expected, but how much is written does."""
-    model, room = patched, 24
-    prompts = [encode_prompt(tokenizer, text) for text in [*KNOWN, EDITS[1].prompt]]
-    said = [written(model, tokenizer, text, room) for text in [*KNOWN, EDITS[1].prompt]]
-    passes: list[int] = []
-    original = long_answers.write_answers
-
-    def write(*args: Any, **options: Any) -> Any:
-        found = original(*args, **options)
-        passes.append(sum(len(row.tokens) for row in found))
-        return found
-
-    monkeypatch.setattr(long_answers, "write_answers", write)
-    asker = long_answers.Asker(model, tokenizer, False, 3, None, True, lambda n: None)
-    wrong = (tokenizer.eos_token_id or 0) + 1
-
-    def ask(drafts: list[list[int]]) -> int:
-        passes.clear()
-        pairs = zip(prompts, drafts, strict=True)
-        asked = {i: long_answers.Question(p, room, d[:room]) for i, (p, d) in enumerate(pairs)}
-        found = asker.answers(asked)
-        assert [found[i].tokens for i in asked] == said
-        assert [found[i].taken for i in asked] == asker.routes(prompts)
-        return sum(passes)
-
-    whole = sum(map(len, said))
-    assert ask([[] for _ in said]) == whole
-    assert ask(said) == 0
-    assert ask([[*answer, wrong] for answer in said]) == 0
-    assert ask([answer[:5] for answer in said]) == whole - sum(min(len(a), 5) for a in said)
-    for n in (0, 1, 7, 8, 9, 12):
-        # the wrong token is read, and the right one in its place
-        read = sum(min(n + 1, len(answer)) for answer in said)
-        other = [answer[n] + 1 if n < len(answer) else wrong for answer in said]
-        spoilt = [[*a[:n], b, *a[n + 1 :]] for a, b in zip(said, other, strict=True)]
-        assert ask(spoilt) == whole - read
-
-
-def test_without_one_pass_all_is_written(patched: Any, tokenizer: Any) -> None:
-    report = measured(patched, tokenizer)
-    apart = measured(patched, tokenizer, one_pass=False)
-    for key in report.keys() - {"seconds", "locality"}:
-        assert apart[key] == report[key], key
-    hits = tokens = 0
-    for text in UNRELATED:
-        now = written(patched, tokenizer, text, 32)
-        with disabled(patched):
-            before = written(patched, tokenizer, text, 32)
-        hits += sum(a == b for a, b in zip(now, before, strict=False))
-        tokens += len(before)
-    assert apart["locality"] == pytest.approx(hits / tokens)
-
-
 @pytest.mark.parametrize("how", ["patched", "bare", "baseline"])
 def test_progress_counts_to_its_total(
     how: str, request: pytest.FixtureRequest, bare: Any, tokenizer: Any
@@ -413,11 +268,3 @@ def test_refusals(bare: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) ->
     tokenizer.chat_template = None
     with pytest.raises(ConfigError, match="no chat template"):
         measured(bare, tokenizer, chat=True)
-
-
-def test_unrelated_prompts_are_many_and_new() -> None:
-    prompts = unrelated_prompts()
-    folded = {" ".join(text.casefold().split()) for text in prompts}
-    assert len(prompts) == len(folded) == 60
-    assert not folded & {" ".join(text.casefold().split()) for text in neutral_prompts()}
-    assert all(text.strip() for text in prompts)
