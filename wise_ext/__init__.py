@@ -32,9 +32,11 @@ if TYPE_CHECKING:
         force_route,
         is_patched,
         last_route,
+        memories,
         patch,
         prompt_lengths,
         unload,
+        use_memory,
     )
 
 __all__ = [
@@ -56,10 +58,12 @@ __all__ = [
     "last_route",
     "load_memory",
     "load_model",
+    "memories",
     "patch",
     "prompt_lengths",
     "read_edits",
     "unload",
+    "use_memory",
 ]
 
 # Where each lazy name lives; a test holds it against the block above.
@@ -75,10 +79,12 @@ _LAZY = {
     "last_route": "wise_ext.models.patch",
     "load_memory": "wise_ext.editing.loading",
     "load_model": "wise_ext.models.loading",
+    "memories": "wise_ext.models.patch",
     "patch": "wise_ext.models.patch",
     "prompt_lengths": "wise_ext.models.patch",
     "read_edits": "wise_ext.editing.edits",
     "unload": "wise_ext.models.patch",
+    "use_memory": "wise_ext.models.patch",
 }
 
 

@@ -15,6 +15,7 @@ from .failures import CarefulGroup
 from .generate import generate
 from .info import info
 from .profile import profile
+from .serve import serve
 from .stats import stats
 from .stored import show, undo, verify
 
@@ -50,6 +51,7 @@ app.command("edit")(edit)
 app.command("eval")(evaluate)
 app.command("compare")(compare)
 app.command("generate")(generate)
+app.command("serve")(serve)
 app.command("profile")(profile)
 app.command("stats")(stats)
 app.command("show")(show)

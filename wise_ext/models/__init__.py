@@ -1,7 +1,7 @@
 """Which module to replace in which architecture, loading models, patching and unpatching them."""
 
 from wise_ext.models.loading import fingerprint, load_model
-from wise_ext.models.patch import current_memory, is_patched, patch, unload
+from wise_ext.models.patch import current_memory, is_patched, memories, patch, unload
 from wise_ext.models.scopes import (
     decide_routes,
     disabled,
@@ -9,6 +9,7 @@ from wise_ext.models.scopes import (
     last_decision,
     last_route,
     prompt_lengths,
+    use_memory,
 )
 from wise_ext.models.table import (
     ARCHITECTURES,
@@ -34,8 +35,10 @@ __all__ = [
     "last_route",
     "layer_path",
     "load_model",
+    "memories",
     "patch",
     "projection_shape",
     "prompt_lengths",
     "unload",
+    "use_memory",
 ]

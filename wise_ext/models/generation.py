@@ -3,69 +3,64 @@
 from __future__ import annotations
 
 import functools
-import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from wise_ext.memory import MAIN, Decision, uncued
-from wise_ext.models.routing import RouteKnown, Routing
+from wise_ext.models.installed import installed_in
+from wise_ext.models.routing import Routing
+from wise_ext.models.scopes import chosen, use_memory
+
+_FIRST = object()
 
 
-def wrap_generate(model: Any, routing: Routing) -> Callable[..., Any]:
+def wrap_generate(model: Any) -> Callable[..., Any]:
     """A `generate` that routes by the whole prompt and holds the route to the end.
 
-    Most of that is the hooks' work. This adds what they cannot see: a generation without a cache,
-    where every step looks like a new prompt; an assistant's candidates that come with the prompt;
-    a prompt that is fed in chunks; a later turn of a dialogue, which goes on with a used cache and
-    is routed by itself.
+    Most of that is the hooks' work. This adds what they cannot see: which memory a row is to use;
+    a generation without a cache, where every step looks like a new prompt; an assistant's
+    candidates that come with the prompt; a prompt that is fed in chunks; a later turn of a
+    dialogue, which goes on with a used cache and is routed by itself.
     """
     original = model.generate
 
     @functools.wraps(original)
-    def generate(*args: Any, **kwargs: Any) -> Any:
+    def generate(*args: Any, memory: Any = _FIRST, **kwargs: Any) -> Any:
         cache = kwargs.get("past_key_values")
-        routing.release(cache)
-        state = routing.state
-        outer = state.forced
         ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
         prompt = kwargs.get("inputs_embeds") if ids is None else ids
         width = int(prompt.shape[1]) if isinstance(prompt, Tensor) else None
-        with routing.generation(width, cache):
-            try:
-                decided = state.forced is not None or routing.holds(cache)
+        with ExitStack() as stack:
+            if memory is _FIRST:
+                memory = chosen(model, _FIRST)
+            # A call that waited for its turn may find the memories gone.
+            installed = installed_in(model)
+            if memory is not _FIRST and not (memory is None and installed is None):
+                stack.enter_context(use_memory(model, memory))
+            for patch in installed.patches.values() if installed is not None else ():
+                routing = patch.routing
+                routing.release(cache)
+                stack.enter_context(routing.generation(width, cache))
+                decided = routing.state.forced is not None or routing.holds(cache)
                 if ids is not None and not decided and _chunked(model, kwargs):
                     mask = kwargs.get("attention_mask")
-                    state.forced = routing.course(decision_of(model, routing, ids, mask))
-                return original(*args, **kwargs)
-            finally:
-                state.forced = outer
+                    stack.enter_context(_decided(model, routing, ids, mask))
+            return original(*args, **kwargs)
 
     return generate
 
 
-@torch.no_grad()
-def decision_of(
-    model: nn.Module, routing: Routing, input_ids: Tensor, attention_mask: Tensor | None
-) -> Decision:
-    """Run the model as far as its router's layer; what that decides."""
-    main = torch.full((input_ids.shape[0],), MAIN, dtype=torch.int32, device=input_ids.device)
-    if routing.router is None or not routing.state.enabled:
-        return uncued(main)
-    positions = {}
-    if attention_mask is not None and "position_ids" in inspect.signature(model.forward).parameters:
-        # Some models count pads as positions unless told, as generate tells them.
-        positions["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-    routing.only_routes = True
+@contextmanager
+def _decided(model: Any, routing: Routing, ids: Tensor, mask: Tensor | None) -> Iterator[None]:
+    """Within the block the rows go where their whole prompts send them."""
+    state = routing.state
+    outer, state.forced = state.forced, routing.course(routing.decision_for(model, ids, mask))
     try:
-        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions)
-    except RouteKnown:
-        pass
+        yield
     finally:
-        routing.only_routes = False
-    return routing.state.decision or uncued(main)
+        state.forced = outer
 
 
 def _chunked(model: Any, kwargs: dict[str, Any]) -> bool:

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from wise_ext.errors import ModelError
-from wise_ext.memory import MAIN, Decision, Router, uncued
+from wise_ext.memory import MAIN, NO_CUE, Decision, Router, uncued
 from wise_ext.models.real_tokens import first_tokens, real_tokens
 from wise_ext.nn import Course, Glance, RouteState
 
+# Attributes of a cache begin like this.
 _HELD = "_wise_ext_route"
 _CACHED = "routes on the cache"
 _patches = itertools.count(1)
@@ -64,16 +65,23 @@ class Routing:
         body: the module that holds the blocks; its forward pass is what a route belongs to.
         router: None without shards: every row uses main memory.
         state: where the routes of the running forward pass are left for the DualLinear.
+        name: of the memory; each keeps its routes on a cache under its own.
     """
 
     def __init__(
-        self, model: nn.Module, body: nn.Module, router: Router | None, state: RouteState
+        self,
+        model: nn.Module,
+        body: nn.Module,
+        router: Router | None,
+        state: RouteState,
+        name: str,
     ) -> None:
         self.state = state
         self.router = router
         self.only_routes = False
         # A route names shards of this memory; a later one must not take it for its own.
-        self._epoch = Epoch(next(_patches))
+        self.epoch = Epoch(next(_patches))
+        self._mark = f"{_HELD}_{name}"
         self._names = tuple(inspect.signature(body.forward).parameters)
         self._caches_by_default = bool(getattr(getattr(model, "config", None), "use_cache", True))
         self._held: Held | None = None
@@ -86,9 +94,13 @@ class Routing:
         shards that are gone."""
         assert self.router is not None
         self.router.become(router)
-        self._epoch = self._epoch.next()
+        self.epoch = self.epoch.next()
         self.state.reset()
         self._forget()
+
+    def close(self) -> None:
+        """The memory is gone, and with it the shards that held routes name."""
+        self.epoch = self.epoch.next()
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Pre-hook of the body: hold, force, or make ready to decide."""
@@ -101,7 +113,10 @@ class Routing:
             return
         batch, tokens = given.shape[0], given.shape[1]
         state = self.state
-        if not state.enabled or self.router is None:
+        if "cu_seq_lens_q" in inputs and "cache" in inputs:
+            self._take_packed(tokens)
+            return
+        if not state.enabled or self.router is None or state.admitted is False:
             main = torch.full((batch,), MAIN, dtype=torch.int32, device=given.device)
             state.decision = uncued(main)
             return
@@ -148,6 +163,12 @@ class Routing:
         a: Tensor = args[0] if args else next(iter(kwargs.values()))
         batch, tokens = real.shape
         decision = self.router.decide(a.detach().reshape(batch, tokens, -1), real.to(a.device))
+        if isinstance(self.state.admitted, Tensor):
+            admitted = rows_of(self.state.admitted.to(a.device), batch, "names of memories")
+            decision = Decision(
+                torch.where(admitted, decision.route, MAIN),
+                torch.where(admitted, decision.cue, NO_CUE),
+            )
         if self._fresh is not None and self._held is not None:
             device = decision.route.device
             fresh = self._fresh.to(device)
@@ -174,10 +195,33 @@ class Routing:
         cues = None if self.router is None else self.router.cues
         return Course(decision, None if cues is None else cues.vectors(decision.cue))
 
+    @torch.no_grad()
+    def decision_for(
+        self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None
+    ) -> Decision:
+        """Run the model as far as the router's layer; what that decides about these prompts,
+        `[B, T]`."""
+        main = torch.full((input_ids.shape[0],), MAIN, dtype=torch.int32, device=input_ids.device)
+        if self.router is None or not self.state.enabled or self.state.admitted is False:
+            return uncued(main)
+        positions = {}
+        takes = inspect.signature(model.forward).parameters
+        if attention_mask is not None and "position_ids" in takes:
+            # Some models count pads as positions unless told, as generate tells them.
+            positions["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        self.only_routes = True
+        try:
+            model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions)
+        except RouteKnown:
+            pass
+        finally:
+            self.only_routes = False
+        return self.state.decision or uncued(main)
+
     def release(self, cache: Any) -> None:
         """Forget the route on a cache that is empty again: what comes next is a new prompt."""
-        if getattr(cache, _HELD, None) is not None and int(cache.get_seq_length()) == 0:
-            setattr(cache, _HELD, None)
+        if getattr(cache, self._mark, None) is not None and int(cache.get_seq_length()) == 0:
+            setattr(cache, self._mark, None)
 
     def holds(self, cache: Any) -> bool:
         """Whether a cache carries a route of this patch."""
@@ -199,14 +243,28 @@ class Routing:
         finally:
             self._generation = outer
 
+    def _take_packed(self, tokens: int) -> None:
+        """The tokens of many requests in one row: where each goes was found out beforehand."""
+        packed = self.state.packed
+        if packed is None or packed.route.shape[0] != tokens:
+            raise ModelError(
+                "continuous batching was set up before the side memory was loaded: make another "
+                "manager (model.destroy_cached_continuous_batching_manager() ends a kept one)"
+            )
+        on_cpu = packed.route.device.type == "cpu" and not torch.compiler.is_compiling()
+        if on_cpu and not bool((packed.route >= 0).any()):
+            self.state.settle(Course(packed, None))
+        else:
+            self.state.settle(self.course(packed))
+
     def _uses_cache(self, inputs: dict[str, Any]) -> bool:
         wanted = inputs.get("use_cache")
         return self._caches_by_default if wanted is None else bool(wanted)
 
     def _held_by(self, keeper: Any) -> Held | None:
-        held: Held | None = getattr(keeper, _HELD, None)
+        held: Held | None = getattr(keeper, self._mark, None)
         # In words that stay true when an epoch follows another: compiled code relies on them.
-        if held is None or held.epoch.patch != self._epoch.patch or held.epoch.over:
+        if held is None or held.epoch.patch != self.epoch.patch or held.epoch.over:
             return None
         return held
 
@@ -218,7 +276,7 @@ class Routing:
 
     def _hold(self, keeper: Any, course: Course) -> None:
         glance = None if torch.compiler.is_compiling() else self.state.glance
-        setattr(keeper, _HELD, Held(self._epoch, course, glance))
+        setattr(keeper, self._mark, Held(self.epoch, course, glance))
 
     def _forget(self) -> None:
         self.state.clear()

@@ -57,6 +57,7 @@ class RouteState:
 
     Attributes:
         enabled: False makes the model behave exactly as the unedited one.
+        admitted: which rows may use this memory: all (True), none, or bool `[n]`, one a row.
         forced: where each row goes whatever the router would say (n = 1: all rows); None leaves
             the choice to the router.
         limits: int64 `[n]`, how many real tokens of each row decide; None means all of them.
@@ -67,9 +68,12 @@ class RouteState:
         glance: a look at the route. Outside compiled code it lets a forward pass in which no row
             is routed skip the side memory; compiled code never reads it.
         decision: the latest one; None before the first.
+        packed: where each token of a packed pass goes (continuous batching).
     """
 
     def __init__(self) -> None:
+        self.admitted: bool | Tensor = True
+        self.packed: Decision | None = None
         self.reset()
 
     def reset(self) -> None:
