@@ -216,6 +216,15 @@ def test_memories_come_and_go_while_clients_ask(batching: bool, case: Case, tmp_
         assert len(answers) > 2 and set(answers) == {unedited[2]}
 
 
+def test_memories_come_to_a_model_that_had_none(batching: bool, case: Case, tmp_path: Path) -> None:
+    save_memory(tmp_path / "m", case.memories["second"], {}, [], case.base)
+    with case.served(batching, manage=True) as endpoint:
+        assert endpoint.complete(KNOWN[0]) == case.expected[None][0]
+        endpoint.change("load", name="m", path=str(tmp_path / "m"))
+        assert endpoint.complete(KNOWN[0]) == case.expected["second"][0]
+        assert endpoint.complete(KNOWN[0], "tiny:unedited") == case.expected[None][0]
+
+
 def test_clients_cannot_change_memories_unless_they_may(case: Case) -> None:
     with case.served(False, "first") as endpoint:
         with pytest.raises(openai.NotFoundError):

@@ -15,14 +15,14 @@ from .console import say
 def serve(
     model: ModelArgument,
     memory: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             "--memory",
             metavar="[NAME=]DIR",
             help="A saved memory; may be repeated. Clients choose one as MODEL:NAME.",
             show_default=False,
         ),
-    ],
+    ] = None,
     name: Annotated[
         str | None,
         typer.Option("--name", help="What clients call the model.  [last part of MODEL]"),
@@ -33,13 +33,19 @@ def serve(
             "--continuous-batching/--one-by-one", help="Answer many requests together, or in turn."
         ),
     ] = True,
-    blocks: Annotated[
+    cache_tokens: Annotated[
         int | None,
-        typer.Option("--cb-blocks", min=1, help="Pages of the cache.  [by free memory]"),
+        typer.Option(
+            "--cache-tokens",
+            min=1,
+            help="Tokens of all requests that are kept.  [16384; on a GPU by its free memory]",
+        ),
     ] = None,
-    tokens: Annotated[
+    pass_tokens: Annotated[
         int | None,
-        typer.Option("--cb-tokens", min=1, help="Tokens of a pass at most.  [by free memory]"),
+        typer.Option(
+            "--pass-tokens", min=1, help="Tokens of one pass.  [512; on a GPU by its free memory]"
+        ),
     ] = None,
     manage: Annotated[
         bool, typer.Option("--manage", help="Clients may load and unload memories.")
@@ -50,8 +56,9 @@ def serve(
     dtype: DtypeOption = "auto",
 ) -> None:
     """Serve an edited model to OpenAI's clients; its memories go by name."""
-    chosen = dict(_named(entry, place) for place, entry in enumerate(memory))
-    if len(chosen) < len(memory):
+    given = memory or []
+    chosen = dict(_named(entry, place) for place, entry in enumerate(given))
+    if len(chosen) < len(given):
         raise ConfigError("two memories of one name: write --memory NAME=DIR with different names")
     called = name or Path(model).name
 
@@ -68,7 +75,7 @@ def serve(
     network, tokenizer = load_model(model, dtype=dtype, device=device)
     for each, folder in chosen.items():
         load_memory(network, folder, each)
-    say(f"{called} on http://{host}:{port}/v1, with {', '.join(chosen)}")
+    say(f"{called} on http://{host}:{port}/v1, with {', '.join(chosen) or 'no memory'}")
     run_server(
         network,
         tokenizer,
@@ -77,8 +84,8 @@ def serve(
         port=port,
         manage=manage,
         continuous_batching=batching,
-        blocks=blocks,
-        tokens=tokens,
+        cache_tokens=cache_tokens,
+        pass_tokens=pass_tokens,
     )
 
 

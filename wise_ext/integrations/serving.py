@@ -35,10 +35,13 @@ from transformers.cli.serving.utils import (
 
 from wise_ext.editing.loading import load_memory
 from wise_ext.errors import ConfigError, ModelError, WiseError
-from wise_ext.models.patch import memories, unload
+from wise_ext.models.continuous import wrap_continuous_batching
+from wise_ext.models.patch import is_patched, memories, unload
 from wise_ext.models.scopes import choose
 
 UNEDITED = "unedited"
+# Tokens of a page, of a pass and of all requests.
+_CPU_PAGE, _CPU_PASS, _CPU_CACHE = 32, 512, 16_384
 
 
 def serve_app(
@@ -50,10 +53,10 @@ def serve_app(
     batching: ContinuousBatchingConfig | None = None,
     manage: bool = False,
 ) -> FastAPI:
-    """A FastAPI application that serves a patched model.
+    """A FastAPI application that serves a model with its memories.
 
     Args:
-        model: a patched model; its memories may change while it is served.
+        model: a patched model, or one that is yet to be; memories may change while it is served.
         tokenizer: its tokenizer.
         name: what clients call it.
         continuous_batching: serve many requests together; else one after another.
@@ -65,6 +68,9 @@ def serve_app(
         ConfigError: a name with a colon, or a memory called "unedited".
     """
     check_names(name, memories(model))
+    if not is_patched(model):
+        # Memories may come later, and must find requests that can be routed.
+        model.init_continuous_batching = wrap_continuous_batching(model)
     served = ServedModel(model, tokenizer, name)
     state = ServedState(served, continuous_batching, batching)
     app = build_server(
@@ -91,8 +97,8 @@ def run_server(
     port: int,
     manage: bool,
     continuous_batching: bool,
-    blocks: int | None = None,
-    tokens: int | None = None,
+    cache_tokens: int | None = None,
+    pass_tokens: int | None = None,
 ) -> None:
     """Serve until interrupted; see ``serve_app``.
 
@@ -104,18 +110,33 @@ def run_server(
         port: port.
         manage: let clients add and remove memories.
         continuous_batching: serve many requests together.
-        blocks: pages of the cache; None goes by the free memory.
-        tokens: of a pass at most; None goes by the free memory.
+        cache_tokens: how many tokens of all requests are kept; see ``batching_of``.
+        pass_tokens: how many one pass takes at most.
     """
     app = serve_app(
         model,
         tokenizer,
         name,
         continuous_batching=continuous_batching,
-        batching=ContinuousBatchingConfig(num_blocks=blocks, max_batch_tokens=tokens),
+        batching=batching_of(model, cache_tokens, pass_tokens),
         manage=manage,
     )
     uvicorn.run(app, host=host, port=port, log_level="warning")
+
+
+def batching_of(
+    model: Any, cache_tokens: int | None = None, pass_tokens: int | None = None
+) -> ContinuousBatchingConfig:
+    """Settings of continuous batching. On a GPU what is not given follows from its free memory; the
+    memory of a CPU machine is not the server's alone: 16,384 tokens are kept, 512 a pass."""
+    config = ContinuousBatchingConfig(max_batch_tokens=pass_tokens)
+    if model.device.type == "cpu":
+        config.page_size = _CPU_PAGE
+        config.max_batch_tokens = pass_tokens or _CPU_PASS
+        cache_tokens = cache_tokens or _CPU_CACHE
+    if cache_tokens is not None:
+        config.num_blocks = -(-cache_tokens // config.page_size)
+    return config
 
 
 def check_names(name: str, memory_names: Mapping[str, Any] | set[str]) -> None:
