@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,14 @@ def test_the_packaged_questions_are_sound() -> None:
         assert max(places.count(place) for place in range(4)) <= 0.45 * len(rows)
     questions = [row["question"] for row in rows_of("general.jsonl")]
     assert len(set(questions)) == len(questions) >= 50
+
+
+def test_a_wheel_carries_them() -> None:
+    root = Path(wise_ext.__file__).parents[1]
+    settings = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))
+    globs = settings["tool"]["setuptools"]["package-data"]["wise_ext"]
+    carried = {path for glob in globs for path in (root / "wise_ext").glob(glob)}
+    assert carried >= {path for path in PACKAGED.iterdir() if path.is_file()} != set()
 
 
 def test_the_demo_task_asks_for_the_demo_facts() -> None:
