@@ -101,7 +101,7 @@ def _adapters(
     transposed = is_transposed(get_module(network, stored.memory.layer))
     report = export_adapters(stored, transposed, out, shards=shards)
     table(
-        f"adapters of {report['layer']}",
+        "adapters",
         ("folder", "rank", "edits"),
         [(name, a["rank"], len(a["edits"])) for name, a in report["adapters"].items()],
         right=("rank", "edits"),
