@@ -9,20 +9,24 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import Result
 
 from wise_ext.editing.edits import Edit
 from wise_ext.editing.prompts import encode_prompt
 from wise_ext.errors import ConfigError, ModelError, StorageError
-from wise_ext.integrations.export.adapters import export_adapters
 from wise_ext.integrations.export.baking import bake, delta_of, is_transposed
 from wise_ext.integrations.export.fidelity import Fidelity
 from wise_ext.integrations.export.weights import export_weights
 from wise_ext.memory import LowRankShard, SideMemory, merge
 from wise_ext.models import force_route, get_module, patch, unload
 from wise_ext.storage import load_memory_dir
+
+pytest.importorskip("peft", reason='needs pip install "wise-ext[export]"')
+
+from peft import PeftModel
+
+from wise_ext.integrations.export.adapters import export_adapters
 
 Save = Callable[[SideMemory, Path], Path]
 Run = Callable[..., Result]

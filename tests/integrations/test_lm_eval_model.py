@@ -7,16 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from lm_eval.api.instance import Instance
-from lm_eval.models.huggingface import HFLM
 
 from wise_ext import models
 from wise_ext.editing.edits import Edit
 from wise_ext.evaluation import generate_answers
 from wise_ext.evaluation.scoring import score_rows
-from wise_ext.integrations.lm_eval.model import WiseLM
 from wise_ext.memory import SideMemory
 from wise_ext.models import patch
+
+pytest.importorskip("lm_eval", reason='needs pip install "wise-ext[lm-eval]"')
+
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+
+from wise_ext.integrations.lm_eval.model import WiseLM
 
 UNRELATED = [
     ("Water freezes at a temperature of", " zero degrees"),

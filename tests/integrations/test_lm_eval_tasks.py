@@ -11,16 +11,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lm_eval
 import pytest
 from typer.testing import Result
 
 import wise_ext
 from wise_ext.editing.edits import demo_edits
 from wise_ext.errors import DataError
-from wise_ext.integrations.lm_eval import MODEL
-from wise_ext.integrations.lm_eval.tasks import PACKAGED, load_tasks
 from wise_ext.memory import SideMemory
+
+lm_eval = pytest.importorskip("lm_eval", reason='needs pip install "wise-ext[lm-eval]"')
+
+from wise_ext.integrations.lm_eval import MODEL  # noqa: E402
+from wise_ext.integrations.lm_eval.tasks import PACKAGED, load_tasks  # noqa: E402
 
 Run = Callable[..., Result]
 

@@ -42,6 +42,7 @@ metric_list:
 def test_edits_of_smollm2_are_scored_exported_and_pulled(
     run: Callable[..., Result], tmp_path: Path
 ) -> None:
+    pytest.importorskip("lm_eval", reason='needs pip install "wise-ext[lm-eval]"')
     facts = demo_edits()[:3]
     model, tokenizer = load_model("smollm2")
     settings = WiseConfig(cue=0.0, variant="merge")

@@ -107,14 +107,14 @@ class WiseLM(HFLM):  # type: ignore[misc]
 
     def _size(self, rows: Sequence[Request]) -> int:
         """Rows in a batch; under "auto" as many as the longest of them lets the device hold."""
-        fixed = self.batch_size != "auto"
-        size: int = self.batch_size if fixed else self._detect_batch_size(rows)
-        return size
+        if self.batch_size == "auto":
+            return int(self._detect_batch_size(rows))
+        return int(self.batch_size)
 
     def _deciding(self, request: Request) -> int:
         """How many tokens of a row decide its route, of what HFLM's truncation leaves of it."""
         texts, context, continuation = request
-        row = min(len(context) + len(continuation) - 1, self.max_length)
+        row = min(len(context) + len(continuation) - 1, int(self.max_length))
         return row if texts is None else row - (len(continuation) - 1)
 
 
