@@ -12,9 +12,12 @@ from typer.testing import Result
 from wise_ext.editing.config import WiseConfig
 from wise_ext.editing.editor import Editor
 from wise_ext.editing.edits import demo_edits
+from wise_ext.editing.prompts import neutral_prompts
 from wise_ext.evaluation import generate_answers
 from wise_ext.evaluation.metrics import same_text
+from wise_ext.integrations.export.weights import export_weights
 from wise_ext.models import load_model
+from wise_ext.storage import load_memory_dir
 
 TASK = """
 task: taught
@@ -43,7 +46,7 @@ def test_edits_of_smollm2_are_scored_exported_and_pulled(
     run: Callable[..., Result], tmp_path: Path
 ) -> None:
     pytest.importorskip("lm_eval", reason='needs pip install "wise-ext[lm-eval]"')
-    facts = demo_edits()[:3]
+    facts = demo_edits()[:2]
     model, tokenizer = load_model("smollm2")
     settings = WiseConfig(cue=0.0, variant="merge")
     editor = Editor(model, tokenizer, settings, directory=tmp_path / "made")
@@ -62,9 +65,10 @@ def test_edits_of_smollm2_are_scored_exported_and_pulled(
     scores = taught["metrics"]["exact_match"]
     assert (scores["unedited"], scores["edited"]) == (0.0, 1.0)
 
-    answer = run("export", *common, "--out", tmp_path / "plain")
-    assert answer.exit_code == 0, answer.output
-    report = json.loads((tmp_path / "plain" / "wise_ext.json").read_text())
+    stored = load_memory_dir(tmp_path / "memory")  # the editor's model is patched with it
+    report = export_weights(
+        model, tokenizer, stored, tmp_path / "plain", unrelated=neutral_prompts()[:24]
+    )
     # Without cues the edits survive; without a router much else does not.
     assert report["before"]["unrelated"]["same_answers"] == 1.0
     assert report["after"]["whole_answers"] == 1.0

@@ -31,6 +31,7 @@ def export_weights(
     *,
     shards: Sequence[int] | None = None,
     merge: str | None = None,
+    unrelated: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Bake a memory into the model it belongs to and save that as ``save_pretrained`` does.
 
@@ -43,6 +44,7 @@ def export_weights(
         out: a new folder, or an empty one; made whole or not at all.
         shards: which ones; None is all.
         merge: how several become one; the density is the memory's own ``merge_density``.
+        unrelated: prompts to measure the damage on; see ``Fidelity`` for the default.
 
     Returns:
         The report, which is ``out/wise_ext.json``, too: ``before`` (with the router) and ``after``
@@ -68,6 +70,7 @@ def export_weights(
         tokenizer,
         [edit_of(entry) for entry in entries],
         chat=bool(stored.config.get("chat_template")),
+        unrelated=unrelated,
     )
     before = fidelity.measure()
     unload(model)
