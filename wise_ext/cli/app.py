@@ -11,9 +11,12 @@ from .compare import compare
 from .demo import demo
 from .edit import edit
 from .evaluate import evaluate
+from .export import export
 from .failures import CarefulGroup
 from .generate import generate
+from .hub import pull, push
 from .info import info
+from .lm_eval import lm_eval
 from .profile import profile
 from .serve import serve
 from .stats import stats
@@ -52,10 +55,14 @@ app.command("eval")(evaluate)
 app.command("compare")(compare)
 app.command("generate")(generate)
 app.command("serve")(serve)
+app.command("export")(export)
+app.command("lm-eval")(lm_eval)
 app.command("profile")(profile)
 app.command("stats")(stats)
 app.command("show")(show)
 app.command("undo")(undo)
 app.command("verify")(verify)
+app.command("push")(push)
+app.command("pull")(pull)
 app.command("info")(info)
 app.command("demo")(demo)

@@ -75,6 +75,13 @@ class StoredKind(StrEnum):
     int8 = "int8"
 
 
+class ExportKind(StrEnum):
+    """What a memory is exported as."""
+
+    weights = "weights"
+    peft = "peft"
+
+
 ModelArgument = Annotated[
     str,
     typer.Argument(

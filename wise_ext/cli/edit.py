@@ -28,7 +28,7 @@ from .choices import (
 )
 from .console import note, number_of, say, size_name
 from .files import check_file, check_folder, write_json
-from .weights import check_new, edit_weights
+from .weights import edit_weights
 
 if TYPE_CHECKING:
     from ..editing.ledger import EditReport
@@ -149,6 +149,8 @@ def edit(
         of_side |= {"stored": stored is not StoredKind.exact, "resume": resume}
         if given := [name.replace("_", "-") for name, value in of_side.items() if value]:
             raise ConfigError(f"--{given[0]} is of a side memory: {how} edits the weights")
+        from ..storage import check_new
+
         check_new(out)
     passages = AnyEditConfig.preset(preset.value, **cut) if how == ANYEDIT else None
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,18 +14,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..editing.edits import Edit
-
-
-def check_new(out: Path) -> None:
-    """Refuse a folder that has something in it.
-
-    Raises:
-        ConfigError: there is one.
-    """
-    from ..errors import ConfigError
-
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"--out {out}: is not empty: an edited model is saved into a new folder")
 
 
 def edit_weights(
@@ -87,18 +73,11 @@ def _save(
     about: dict[str, Any],
     out: Path,
 ) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    making = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
+    from ..storage import new_folder
+
+    with new_folder(out) as making:
         model.save_pretrained(making)
         tokenizer.save_pretrained(making)
         lines = (json.dumps(asdict(edit), ensure_ascii=False) + "\n" for edit in edits)
         (making / "edits.jsonl").write_text("".join(lines), "utf-8")
         (making / "wise_ext.json").write_text(json.dumps(about, indent=2) + "\n", "utf-8")
-        making.chmod(0o755)
-        if out.exists():
-            out.rmdir()
-        making.rename(out)
-    except BaseException:
-        shutil.rmtree(making, ignore_errors=True)
-        raise

@@ -1,1 +1,1 @@
-"""What ties us to other projects; each module is imported only when it is asked for."""
+"""Other projects' engines, tools and formats: each module is imported only when it is asked for."""

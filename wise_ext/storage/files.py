@@ -71,6 +71,15 @@ def write_all(handle: int, data: bytes) -> None:
         rest = rest[os.write(handle, rest) :]
 
 
+def sync_file(path: Path) -> None:
+    """Wait until a file that was written is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def sync_folder(path: Path) -> None:
     """Wait until the names in a folder are on the disk."""
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
