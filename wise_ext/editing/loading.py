@@ -6,21 +6,40 @@ from pathlib import Path
 
 from torch import nn
 
+from wise_ext.errors import ConfigError, StorageError
 from wise_ext.memory import SideMemory
 from wise_ext.models.loading import fingerprint
 from wise_ext.models.patch import patch
 from wise_ext.storage import check_base, load_memory_dir
 
+CHECKS = ("weights", "name", "shape")
 
-def load_memory(model: nn.Module, directory: str | Path) -> SideMemory:
+
+def load_memory(model: nn.Module, directory: str | Path, check: str = "weights") -> SideMemory:
     """Patch a model with a saved memory; ``model.generate`` and all else just work.
 
+    Args:
+        model: the memory's base model, or another form of it.
+        directory: the saved memory.
+        check: what the model has to share with the memory's base: its ``"weights"``; its ``"name"``
+            alone, for the same checkpoint quantised, whose weights are no longer the same; or the
+            ``"shape"`` of the edited projection, where it goes by another name as well.
+
     Raises:
+        ConfigError: no such check.
         StorageError: the directory is unusable, or of another base model.
         ModelError: the model does not have the memory's layer.
     """
+    if check not in CHECKS:
+        raise ConfigError(f"unknown check {check!r}: choose one of {CHECKS}")
     stored = load_memory_dir(directory)
-    name = str(getattr(getattr(model, "config", None), "name_or_path", ""))
-    check_base(stored.base, fingerprint(model), name or type(model).__name__)
+    name = str(getattr(getattr(model, "config", None), "name_or_path", "")) or type(model).__name__
+    if check == "weights":
+        check_base(stored.base, fingerprint(model), name)
+    elif check == "name" and stored.base.get("name") != name:
+        raise StorageError(
+            f"the memory was made for {stored.base.get('name')!r}, this model is {name!r}: if that "
+            "is another form of it, load the memory with check='shape'"
+        )
     patch(model, stored.memory)
     return stored.memory

@@ -15,6 +15,7 @@ from wise_ext.models.installed import ATTRIBUTE, Patch, installed_patch, patch_o
 from wise_ext.models.routing import Routing
 from wise_ext.models.scopes import disabled, force_route, last_route, prompt_lengths
 from wise_ext.models.table import get_module, projection_shape
+from wise_ext.models.weights import device_of
 from wise_ext.nn import DualLinear, RouteState
 
 __all__ = [
@@ -186,9 +187,8 @@ def _parent_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:
 
 def _values_of(model: nn.Module, base: nn.Module) -> tuple[torch.dtype, torch.device]:
     """Dtype and device for the bank: the projection's own, as far as it has one."""
-    tensors = [*base.parameters(), *base.buffers()]
-    everything = [*tensors, *model.parameters()]
-    device = everything[0].device if everything else torch.device("cpu")
+    device = device_of(base, model)
+    everything = [*base.parameters(), *base.buffers(), *model.parameters()]
     dtypes = [tensor.dtype for tensor in everything if tensor.dtype in _BANK_DTYPES]
     return (dtypes[0] if dtypes else torch.float32), device
 
