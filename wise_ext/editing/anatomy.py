@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wise_ext.editing.quantised import gradients_through
+from wise_ext.editing.quantised import gradients_through, is_quantised
 from wise_ext.errors import ModelError
 from wise_ext.models.weights import device_of
 
@@ -54,7 +54,8 @@ def modules_after(model: nn.Module, blocks: list[nn.Module], ids: Tensor) -> lis
 
     hooks = [blocks[-1].register_forward_hook(start)]
     for module in model.modules():
-        if module not in inside and not any(True for _ in module.children()):
+        leaf = is_quantised(module) or not any(True for _ in module.children())
+        if leaf and module not in inside:
             hooks.append(module.register_forward_pre_hook(note))
     try:
         model(input_ids=ids, use_cache=False)

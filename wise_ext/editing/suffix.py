@@ -38,6 +38,7 @@ from wise_ext.editing.rows import (
 )
 from wise_ext.errors import ModelError
 from wise_ext.memory import TokenKeys
+from wise_ext.models.parallel import is_shared_out
 from wise_ext.models.weights import device_of
 from wise_ext.ops import dual_linear_train
 
@@ -59,6 +60,11 @@ class SuffixEngine:
     def __init__(
         self, model: nn.Module, layer: str, key_layer: str | None = None, pad_token: int = 0
     ):
+        if is_shared_out(model):
+            raise ModelError(
+                "processes share this model's weights: edit it whole, in one process, save the "
+                "memory, and load that into the shared model"
+            )
         self.model = model
         self.projection = model.get_submodule(layer)
         self.key_projection = model.get_submodule(key_layer) if key_layer else None

@@ -9,9 +9,10 @@ from torch import nn
 
 from wise_ext import ops
 from wise_ext.errors import ModelError
-from wise_ext.memory import MixedBank, PackedBank, Router, SideMemory
+from wise_ext.memory import Bank, MixedBank, Router, SideMemory
 from wise_ext.models.generation import wrap_generate
 from wise_ext.models.installed import ATTRIBUTE, Patch, installed_patch, patch_of
+from wise_ext.models.parallel import bank_beside, with_whole_keys
 from wise_ext.models.routing import Routing
 from wise_ext.models.scopes import disabled, force_route, last_route, prompt_lengths
 from wise_ext.models.table import get_module, projection_shape
@@ -68,10 +69,10 @@ def patch(model: nn.Module, memory: SideMemory, dtype: torch.dtype | None = None
     chosen, device = _values_of(model, base)
     # Implementations are picked now and not in a forward pass: one that was asked for and cannot
     # be had is refused while the model is as it was.
-    bank = memory.bank(dtype or chosen, device)
+    bank = bank_beside(base, memory, dtype or chosen, device)
     for op in (*_INFERENCE_OPS, *(["add_low_rank_"] if isinstance(bank, MixedBank) else [])):
         ops.backend(op, device)
-    router = memory.router(bank)
+    router = with_whole_keys(model, memory.router(bank))
     if router is not None:
         _check_order(model, router.layer, layer)
     if current is not None and router is not None and _fits(current, model, memory, bank, router):
@@ -125,7 +126,7 @@ def _install(
     model: nn.Module,
     memory: SideMemory,
     base: nn.Module,
-    bank: PackedBank | MixedBank,
+    bank: Bank,
     router: Router | None,
 ) -> None:
     state = RouteState()
@@ -151,7 +152,7 @@ def _fits(
     current: Patch,
     model: nn.Module,
     memory: SideMemory,
-    bank: PackedBank | MixedBank,
+    bank: Bank,
     router: Router,
 ) -> bool:
     """Whether what is installed can take this memory as it stands: then nothing that was compiled
