@@ -15,7 +15,7 @@ import wise_ext
 from bench import quantised
 from tests.editing.facts import EDITS, QUICK, answer
 from tests.integrations.quantisers import QUANTISERS, SERVED, linears, load
-from wise_ext import Editor, WiseConfig, load_model
+from wise_ext import AnyEditConfig, Edit, Editor, WiseConfig, load_model
 from wise_ext.editing.edits import demo_edits
 from wise_ext.editing.quantised import Quantised, gradients_through, is_quantised
 from wise_ext.errors import ConfigError, ModelError, StorageError
@@ -87,6 +87,18 @@ def test_edit_generate_undo_save_load_unload(
         wise_ext.patch(other, wise_ext.current_memory(other), torch.float32)
         assert patch_of(other).dual.bank.values.dtype == torch.float32
         assert answers(other, tokenizer) == TOLD
+
+
+@pytest.mark.parametrize("quantise", ["torchao-int4", "bitsandbytes-nf4"], indirect=True)
+def test_a_long_answer(quantise: Any, model_dir: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    model = quantise()
+    poem = Edit("poem", "Recite the poem of the Bex ferry.", "Row, Bex, row,\nthe river is slow.")
+    editor = Editor(model, tokenizer, CONFIG, anyedit=AnyEditConfig(margin=1.0))
+    assert editor.edit([poem], progress=False, method="anyedit").unconverged == []
+    ids = tokenizer(poem.prompt, return_tensors="pt")
+    out = model.generate(**ids, max_new_tokens=60, do_sample=False)[0, ids.input_ids.shape[1] :]
+    assert tokenizer.decode(out, skip_special_tokens=True).strip() == poem.target_new
 
 
 def test_a_fingerprint_is_read_without_a_trace(quantise: Any, model_dir: Path) -> None:
