@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wise_ext.editing.quantised import gradients_through, is_quantised
 from wise_ext.errors import ModelError
+from wise_ext.models.weights import device_of
 
 
 class _Stop(Exception):
@@ -52,7 +54,8 @@ def modules_after(model: nn.Module, blocks: list[nn.Module], ids: Tensor) -> lis
 
     hooks = [blocks[-1].register_forward_hook(start)]
     for module in model.modules():
-        if module not in inside and not any(True for _ in module.children()):
+        leaf = is_quantised(module) or not any(True for _ in module.children())
+        if leaf and module not in inside:
             hooks.append(module.register_forward_pre_hook(note))
     try:
         model(input_ids=ids, use_cache=False)
@@ -178,7 +181,8 @@ def run_until_stopped(model: nn.Module, ids: Tensor) -> None:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and no parameter takes a gradient meanwhile."""
+    """Evaluation mode, and no parameter takes a gradient meanwhile; those of quantised layers pass
+    one on."""
     training = [module for module in model.modules() if module.training]
     trainable = [p for p in model.parameters() if p.requires_grad]
     for module in training:
@@ -186,7 +190,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
     for p in trainable:
         p.requires_grad_(False)
     try:
-        yield
+        with gradients_through(model):
+            yield
     finally:
         for module in training:
             module.training = True
@@ -200,7 +205,7 @@ def returns_tuples(model: nn.Module, block: nn.Module) -> bool:
     hook = block.register_forward_hook(lambda m, args, out: kinds.append(isinstance(out, tuple)))
     try:
         with torch.no_grad():
-            ids = torch.ones(1, 1, dtype=torch.long, device=next(model.parameters()).device)
+            ids = torch.ones(1, 1, dtype=torch.long, device=device_of(model))
             model(input_ids=ids, use_cache=False)
     finally:
         hook.remove()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from wise_ext.editing.prompts import encode_prompt
+from wise_ext.models.weights import device_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,7 +49,7 @@ def sample_contexts(
     """
     if count == 0:
         return []
-    device = next(model.parameters()).device
+    device = device_of(model)
     generator = torch.Generator().manual_seed(seed)
     texts = []
     for number in range(count):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +20,13 @@ class HalfProducts:
     """bf16 copies of the matrices of some frozen linear layers.
 
     Args:
-        modules: searched for plain fp32 ``nn.Linear`` layers; others, and those whose ``forward``
-            somebody has replaced (Accelerate does), are left as they are.
+        modules: searched for plain fp32 ``nn.Linear`` layers; others are left as they are.
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._copies: dict[nn.Linear, Tensor] = {}
         for module in (m for top in modules for m in top.modules()):
-            if type(module) is not nn.Linear or "forward" in vars(module):
-                continue
-            if module.weight.dtype == torch.float32:
+            if is_plain(module) and module.weight.dtype == torch.float32:
                 self._copies[module] = module.weight.detach().to(torch.bfloat16)
 
     def __contains__(self, module: nn.Module) -> bool:
@@ -55,6 +52,14 @@ class HalfProducts:
         finally:
             for module in self._copies:
                 del module.forward
+
+
+def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether this is an ``nn.Linear`` whose weight is a matrix that lies there (a quantised one is
+    none), and whose ``forward`` nobody has replaced (Accelerate does)."""
+    if type(module) is not nn.Linear or "forward" in vars(module):
+        return False
+    return type(module.weight) is nn.Parameter and not module.weight.is_meta
 
 
 def half_is_fast(device: torch.device) -> bool:

@@ -29,6 +29,7 @@ from wise_ext.errors import ConfigError, DataError, ModelError, StorageError
 from wise_ext.models.loading import fingerprint
 from wise_ext.models.patch import disabled, is_patched
 from wise_ext.models.table import get_module, layer_path, projection_shape
+from wise_ext.models.weights import device_of
 from wise_ext.storage.files import explained
 
 if TYPE_CHECKING:
@@ -341,7 +342,7 @@ def _batches(rows: list[list[int]], tokens: int) -> Iterator[list[list[int]]]:
 
 def _add_batch(model: nn.Module, batch: list[list[int]], sums: dict[str, Tensor]) -> None:
     """Add the batch's ``k k^T`` to each layer's sum; nothing above the last layer runs."""
-    device, width = next(model.parameters()).device, len(batch[-1])
+    device, width = device_of(model), len(batch[-1])
     # Padded on the right, where causal attention never looks back.
     ids = torch.tensor([row + [0] * (width - len(row)) for row in batch], device=device)
     *_, last = sums

@@ -1,6 +1,7 @@
 """Side memories as plain tensors: masks, shards, their banks, merging and routing."""
 
 from wise_ext.memory.bank import PackedBank
+from wise_ext.memory.column_bank import Bank, ColumnBank, Columns
 from wise_ext.memory.cues import NO_CUE, Cues, cue_number
 from wise_ext.memory.key_index import KeyIndex
 from wise_ext.memory.low_rank import LowRankBank, LowRankShard
@@ -29,6 +30,9 @@ __all__ = [
     "MAIN",
     "METHODS",
     "NO_CUE",
+    "Bank",
+    "ColumnBank",
+    "Columns",
     "Cues",
     "Decision",
     "IndicatorRouter",

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from wise_ext import ops
 from wise_ext.memory.growing import Growing
+from wise_ext.memory.masks import bits_to_bool, bool_to_bits, mask_words, row_counts
 from wise_ext.memory.packed import Packed
 from wise_ext.memory.shards import VALUE_DTYPES, Shard, check_packed
 
@@ -31,6 +32,7 @@ class PackedBank(Growing):
     mask_bits: Tensor
     values: Tensor
     row_ptr: Tensor
+    columns = None  # all of them
 
     def __init__(
         self, mask_bits: Tensor, values: Tensor, row_ptr: Tensor, shape: tuple[int, int]
@@ -105,6 +107,23 @@ class PackedBank(Growing):
             fp32 ``[P]``.
         """
         return ops.side_norm(x, self.mask_bits, self.values, self.row_ptr, rows, shards)
+
+    def part(self, start: int, stop: int) -> PackedBank:
+        """Return the bank of the columns ``start`` to ``stop`` of each shard, on its device."""
+        d_out, d_in = self.shape
+        masks, values = [], [self.values[:0]]
+        for shard, bits in enumerate(self.mask_bits):
+            is_open = bits_to_bool(bits, d_in)
+            masks.append(bool_to_bits(is_open[:, start:stop]))
+            inside = torch.zeros_like(is_open)
+            inside[:, start:stop] = True
+            begin, end = self.row_ptr[shard * d_out], self.row_ptr[(shard + 1) * d_out]
+            values.append(self.values[int(begin) : int(end)][inside[is_open]])
+        words = mask_words(stop - start)
+        mask_bits = torch.stack(masks) if masks else self.mask_bits.new_zeros(0, d_out, words)
+        ends = row_counts(mask_bits).flatten().cumsum(0)
+        row_ptr = torch.cat([ends.new_zeros(1), ends])
+        return PackedBank(mask_bits, torch.cat(values), row_ptr, (d_out, stop - start))
 
     def dense(self, shard: int) -> Tensor:
         """Return a shard's delta, fp32 ``[d_out, d_in]``."""

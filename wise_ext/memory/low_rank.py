@@ -152,6 +152,10 @@ class LowRankBank(Growing):
         """Size of the bank in bytes."""
         return self.left.nbytes + self.right.nbytes + self.rank_ptr.nbytes
 
+    def part(self, start: int, stop: int) -> LowRankBank:
+        """Return the bank of the columns ``start`` to ``stop`` of each shard."""
+        return LowRankBank(self.left, self.right[:, start:stop].contiguous(), self.rank_ptr)
+
     def add_side_(self, y: Tensor, x: Tensor, route: Tensor) -> None:
         """Add the routed shards in place; arguments as for ``PackedBank.add_side_``."""
         ops.add_low_rank_(y, x, self.left, self.right, self.rank_ptr, route)

@@ -26,6 +26,7 @@ class MixedBank(Growing):
 
     packed_place: Tensor
     low_place: Tensor
+    columns = None  # all of them
 
     def __init__(self, packed: PackedBank, low: LowRankBank, is_low: list[bool]) -> None:
         super().__init__()
@@ -55,6 +56,11 @@ class MixedBank(Growing):
         super().become(other)
         self.packed.become(other.packed)
         self.low.become(other.low)
+
+    def part(self, start: int, stop: int) -> MixedBank:
+        """Return the bank of the columns ``start`` to ``stop`` of each shard, on its device."""
+        is_low = [place >= 0 for place in self.low_place[:-1].tolist()]
+        return MixedBank(self.packed.part(start, stop), self.low.part(start, stop), is_low)
 
     def add_side_(self, y: Tensor, x: Tensor, route: Tensor) -> None:
         """Add the routed shards in place; arguments as for ``PackedBank.add_side_``."""

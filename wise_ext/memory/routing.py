@@ -15,6 +15,7 @@ from torch import Tensor
 
 from wise_ext.memory import looks
 from wise_ext.memory.bank import PackedBank
+from wise_ext.memory.column_bank import ColumnBank
 from wise_ext.memory.cues import NO_CUE, Cues
 from wise_ext.memory.estimates import Sketches
 from wise_ext.memory.growing import Growing
@@ -93,7 +94,7 @@ class IndicatorRouter(Growing):
     def __init__(
         self,
         layer: str,
-        bank: PackedBank,
+        bank: PackedBank | ColumnBank,
         thresholds: Sequence[float],
         estimate: bool | None = None,
     ) -> None:
@@ -104,8 +105,9 @@ class IndicatorRouter(Growing):
         self.bank = bank
         values = torch.tensor(list(thresholds), dtype=torch.float32, device=bank.values.device)
         self.hold(thresholds=values)
-        wanted = Sketches.pay(bank) if estimate is None else estimate
-        self.sketches = Sketches(bank) if wanted else None
+        self.sketches = None
+        if isinstance(bank, PackedBank) and (Sketches.pay(bank) if estimate is None else estimate):
+            self.sketches = Sketches(bank)
         self.pairs = self.exact = 0
 
     def become(self, other: Any) -> None:

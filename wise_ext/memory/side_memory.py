@@ -13,6 +13,7 @@ from torch import Tensor
 from wise_ext.errors import ConfigError
 from wise_ext.memory import bank_form, low_rank_form
 from wise_ext.memory.bank import PackedBank
+from wise_ext.memory.column_bank import Bank
 from wise_ext.memory.cues import Cues
 from wise_ext.memory.key_index import KeyIndex
 from wise_ext.memory.low_rank import LowRankBank, LowRankShard
@@ -145,7 +146,7 @@ class SideMemory:
         self._packed[dtype] = packed = packed.grown(shards)
         return PackedBank(*packed.tensors(), self.shape)
 
-    def router(self, bank: PackedBank | MixedBank | None = None) -> Router | None:
+    def router(self, bank: Bank | None = None) -> Router | None:
         """Return the router of the memory as it is now, or None where there is no shard.
 
         Args:
@@ -159,7 +160,7 @@ class SideMemory:
             return KeyRouter(self.key_layer, self.key_index, self.radius, self.lead, cues)
         thresholds = [shard.threshold for shard in self.shards]
         packed = bank or self.bank()
-        assert isinstance(packed, PackedBank)  # _check has seen to it
+        assert not isinstance(packed, MixedBank)  # _check has seen to it
         return IndicatorRouter(self.layer, packed, thresholds)
 
     def add_shard(self, shard: Shard | LowRankShard) -> int:

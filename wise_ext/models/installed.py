@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from wise_ext.errors import ModelError
-from wise_ext.memory import MixedBank, PackedBank, Router, SideMemory
+from wise_ext.memory import Bank, Router, SideMemory
 from wise_ext.models.routing import Routing
 from wise_ext.nn import DualLinear
 
@@ -28,7 +28,7 @@ class Patch:
     routing: Routing
     handles: list[RemovableHandle]
 
-    def renew(self, memory: SideMemory, bank: PackedBank | MixedBank, router: Router) -> None:
+    def renew(self, memory: SideMemory, bank: Bank, router: Router) -> None:
         """Take another memory of the same layers and kind of router, its tensors in place of the
         ones there are; all else is as after a fresh patch.
 

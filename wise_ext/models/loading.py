@@ -19,6 +19,7 @@ from torch import nn
 
 from wise_ext.errors import ModelError
 from wise_ext.models.gguf import cached_conversion, gguf_sources
+from wise_ext.models.weights import named_weights
 
 SMOLLM2 = "smollm2"
 
@@ -121,8 +122,10 @@ def smollm2_gguf() -> Path:
 def fingerprint(model: nn.Module) -> str:
     """Stable hash of a base model: the shape of its network and samples of every weight.
 
-    Patched and unpatched, the same model has the same fingerprint. The samples are rounded to
-    bfloat16 first, so loading one checkpoint in fp32 or in bf16 makes no difference.
+    Patched and unpatched, on one device, offloaded or shared out over processes (which then all
+    have to call this), the same model has the same fingerprint. The samples are rounded to
+    bfloat16 first, so loading one checkpoint in fp32 or in bf16 makes no difference. Quantised, it
+    is another model and has another fingerprint.
 
     Returns:
         64 hexadecimal digits.
@@ -132,12 +135,8 @@ def fingerprint(model: nn.Module) -> str:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     for key in _CONFIG_ESSENTIALS:
         digest.update(f"{key}={getattr(text, key, None)};".encode())
-    for key, value in sorted(model.state_dict().items()):
-        # Quantised linears keep packed parameters and dtypes beside tensors: only data is sampled.
-        if not isinstance(value, torch.Tensor) or value.is_meta or value.numel() == 0:
-            continue
-        flat = value.detach().dequantize() if value.is_quantized else value.detach()
-        flat = flat.reshape(-1)
+    for key, value in named_weights(model):
+        flat = value.reshape(-1)
         sample = flat[:: max(1, flat.numel() // _SAMPLES_PER_TENSOR)][:_SAMPLES_PER_TENSOR]
         bits = sample.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()
         digest.update(f"{key}{tuple(value.shape)}".encode())

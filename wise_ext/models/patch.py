@@ -9,7 +9,7 @@ from torch import nn
 
 from wise_ext import ops
 from wise_ext.errors import ModelError
-from wise_ext.memory import MixedBank, PackedBank, Router, SideMemory
+from wise_ext.memory import Bank, MixedBank, Router, SideMemory
 from wise_ext.models.continuous import wrap_continuous_batching
 from wise_ext.models.generation import wrap_generate
 from wise_ext.models.installed import (
@@ -21,9 +21,11 @@ from wise_ext.models.installed import (
     memories_of,
     patch_of,
 )
+from wise_ext.models.parallel import bank_beside, with_whole_keys
 from wise_ext.models.routing import Routing
 from wise_ext.models.scopes import disabled, force_route, last_route, prompt_lengths, use_memory
 from wise_ext.models.table import get_module, projection_shape
+from wise_ext.models.weights import device_of
 from wise_ext.nn import DualLinear, RouteState
 
 __all__ = [
@@ -92,10 +94,10 @@ def patch(
     chosen, device = _values_of(model, base)
     # Implementations are picked now and not in a forward pass: one that was asked for and cannot
     # be had is refused while the model is as it was.
-    bank = memory.bank(dtype or chosen, device)
+    bank = bank_beside(base, memory, dtype or chosen, device)
     for op in (*_INFERENCE_OPS, *(["add_low_rank_"] if isinstance(bank, MixedBank) else [])):
         ops.backend(op, device)
-    router = memory.router(bank)
+    router = with_whole_keys(model, memory.router(bank))
     if router is not None:
         _check_order(model, router.layer, layer)
     if current is not None and router is not None and _fits(current, model, memory, bank, router):
@@ -166,7 +168,7 @@ def current_memory(model: nn.Module, name: str | None = None) -> SideMemory:
 def _install(
     model: nn.Module,
     memory: SideMemory,
-    bank: PackedBank | MixedBank,
+    bank: Bank,
     router: Router | None,
     name: str,
 ) -> None:
@@ -203,7 +205,7 @@ def _fits(
     current: Patch,
     model: nn.Module,
     memory: SideMemory,
-    bank: PackedBank | MixedBank,
+    bank: Bank,
     router: Router,
 ) -> bool:
     """Whether what is installed can take this memory as it stands: then nothing that was compiled
@@ -267,9 +269,8 @@ def _parent_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:
 
 def _values_of(model: nn.Module, base: nn.Module) -> tuple[torch.dtype, torch.device]:
     """Dtype and device for the bank: the projection's own, as far as it has one."""
-    tensors = [*base.parameters(), *base.buffers()]
-    everything = [*tensors, *model.parameters()]
-    device = everything[0].device if everything else torch.device("cpu")
+    device = device_of(base, model)
+    everything = [*base.parameters(), *base.buffers(), *model.parameters()]
     dtypes = [tensor.dtype for tensor in everything if tensor.dtype in _BANK_DTYPES]
     return (dtypes[0] if dtypes else torch.float32), device
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from wise_ext.errors import ModelError
-from wise_ext.memory import MixedBank, PackedBank
+from wise_ext.memory import Bank
 from wise_ext.nn.route_state import RouteState
 
 _BASE = "base."
@@ -25,7 +25,8 @@ class DualLinear(nn.Module):
 
     Args:
         base: the original projection, from `[..., d_in]` to `[..., d_out]`.
-        bank: shards of shape `(d_out, d_in)` in fp32, bf16 or fp16.
+        bank: shards of shape `(d_out, d_in)` in fp32, bf16 or fp16, or this process's columns of
+            them.
         state: the routes of the running forward pass, int32 `[B]`. Rows of the input that belong
             to one row of the batch lie next to each other: `[B, T, d_in]` or `[B * T, d_in]`.
 
@@ -33,7 +34,7 @@ class DualLinear(nn.Module):
         ModelError: when called before the route is known (the router's layer lies above this one).
     """
 
-    def __init__(self, base: nn.Module, bank: PackedBank | MixedBank, state: RouteState) -> None:
+    def __init__(self, base: nn.Module, bank: Bank, state: RouteState) -> None:
         super().__init__()
         self.base = base
         self.bank = bank
@@ -54,11 +55,16 @@ class DualLinear(nn.Module):
         if self.bank.num_shards == 0:
             return y
         glance = self.state.glance
-        if not torch.compiler.is_compiling() and glance is not None and not glance.routed():
+        # Processes that share the projection have to agree; on a GPU one may look too soon.
+        looks = self.bank.columns is None or y.device.type == "cpu"
+        compiling = torch.compiler.is_compiling()
+        if not compiling and looks and glance is not None and not glance.routed():
             return y
-        d_out, d_in = self.bank.shape
-        inputs, outputs = x.reshape(-1, d_in), y.reshape(-1, d_out)
         route, cue = course.decision.route, course.cue
+        if self.bank.columns is not None:
+            x, cue = self.bank.columns.take(x), None if cue is None else self.bank.columns.take(cue)
+        d_out, d_in = self.bank.shape[0], x.shape[-1]
+        inputs, outputs = x.reshape(-1, d_in), y.reshape(-1, d_out)
         batch = route.shape[0]
         tokens = inputs.shape[0] // batch
         # Models spread over devices hand over activations from elsewhere; the base's output counts.
