@@ -62,6 +62,11 @@ def serve(
         raise ConfigError("two memories of one name: write --memory NAME=DIR with different names")
     called = name or Path(model).name
 
+    from ..integrations.packages import require
+
+    for package in ("fastapi", "uvicorn", "pydantic", "openai"):
+        require(package, "serve", "serving")
+
     from ..integrations.serving import check_names, run_server
 
     check_names(called, chosen)
