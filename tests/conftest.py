@@ -12,6 +12,8 @@ from tests.tiny_models import architecture, lab, model_dir
 
 __all__ = ["architecture", "lab", "model_dir"]
 
+pytest_plugins = ["tests.outcomes"]
+
 # Timings of a shared machine say nothing about the code.
 settings.register_profile("wise", deadline=None)
 settings.load_profile("wise")

@@ -46,6 +46,7 @@ def without_cue(model: Any, memory: SideMemory, shard: int, rows: list[list[int]
     return found
 
 
+@pytest.mark.engine("plain weights", "export: {architecture}")
 def test_baked_weights_are_a_forced_route(lab: Any, architecture: str) -> None:
     model = lab.make_model(architecture)
     rows = lab.prompts(4, 7, 9)
@@ -56,6 +57,7 @@ def test_baked_weights_are_a_forced_route(lab: Any, architecture: str) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.engine("PEFT", "low-rank shards: {architecture}")
 def test_an_adapter_is_a_forced_route(lab: Any, architecture: str, tmp_path: Path) -> None:
     model = lab.make_model(architecture)
     rows = lab.prompts(4, 7, 9)
@@ -167,6 +169,7 @@ def test_adapters_by_the_command(
     assert ranks == [1, 2, 3, 4]
 
 
+@pytest.mark.engine("PEFT", "masked shards", possible=False)
 def test_what_cannot_be_exported_costs_one_line_and_leaves_nothing(
     run: Run, model_dir: Path, memory: SideMemory, saved: Save, tmp_path: Path
 ) -> None:

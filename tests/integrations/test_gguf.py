@@ -58,6 +58,7 @@ def write(folder: Path, file: Path) -> None:
     out.close()
 
 
+@pytest.mark.engine("GGUF file", "edit, save, load")
 def test_edit_save_load(model_dir: Path, tmp_path: Path) -> None:
     file = tmp_path / "tiny.gguf"
     write(model_dir, file)

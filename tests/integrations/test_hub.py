@@ -45,6 +45,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in FILES}
 
 
+@pytest.mark.engine("hub", "push and pull, a folder")
 def test_a_folder_there_and_back(run: Run, directory: Path, tmp_path: Path) -> None:
     shared, back = tmp_path / "shared" / "edits", tmp_path / "back"
     answer = run("push", directory, shared)
@@ -71,6 +72,7 @@ def test_a_later_push_replaces_the_memory_as_one(
     assert names(tmp_path / "shared") == ["README.md", *FILES]
 
 
+@pytest.mark.engine("hub", "push and pull, a hub")
 def test_a_hub_there_and_back(run: Run, hub: Hub, directory: Path, tmp_path: Path) -> None:
     answer = run("push", directory, "team/edits")
     assert answer.exit_code == 0, answer.output

@@ -47,6 +47,7 @@ def pairs(facts: list[Edit]) -> list[tuple[str, str]]:
     return [pair for both in zip(asked, UNRELATED, strict=False) for pair in both]
 
 
+@pytest.mark.engine("lm-evaluation-harness", "log-likelihoods")
 @pytest.mark.parametrize("size", [1, 3, 16])
 def test_a_score_is_that_of_teacher_forcing(
     edited: Any, tokenizer: Any, facts: list[Edit], size: int
@@ -146,6 +147,7 @@ def test_of_a_truncated_context_what_is_left_decides(
     assert found[0] == pytest.approx(-ours.nll * len(continuation), abs=1e-3)
 
 
+@pytest.mark.engine("lm-evaluation-harness", "rolling log-likelihoods")
 def test_a_whole_text_decides_for_itself(
     bare: Any, memory: SideMemory, tokenizer: Any, facts: list[Edit]
 ) -> None:
@@ -169,6 +171,7 @@ def test_a_whole_text_decides_for_itself(
     assert [a == b for a, b in zip(found, plain, strict=True)] == [False, True]
 
 
+@pytest.mark.engine("lm-evaluation-harness", "generation")
 def test_it_writes_what_generation_writes(edited: Any, tokenizer: Any, facts: list[Edit]) -> None:
     prompts = [f.prompt for f in facts] + [context for context, _ in UNRELATED[:3]]
     ask = {"until": ["</s>"], "max_gen_toks": 6, "do_sample": False}

@@ -66,6 +66,7 @@ def offload(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Any], A
 
 @pytest.mark.parametrize("router", ["key", "indicator"])
 @torch.no_grad()
+@pytest.mark.engine("Accelerate offload to CPU and disk", "generate")
 def test_the_answers_of_a_model_that_lies_in_one_place(
     offload: Callable[[Any], Any], router: str, lab: SimpleNamespace
 ) -> None:
@@ -98,6 +99,7 @@ def test_the_answers_of_a_model_that_lies_in_one_place(
     assert torch.equal(offloaded(**batch).logits, plain)
 
 
+@pytest.mark.engine("Accelerate offload to CPU and disk", "edit")
 def test_edited_where_it_lies(
     offload: Callable[[Any], Any], model_dir: Path, tmp_path: Path
 ) -> None:

@@ -51,6 +51,7 @@ def logits_of(model: Any, tokenizer: Any, *texts: str) -> torch.Tensor:
     return model(**batch).logits
 
 
+@pytest.mark.engine("{quantise}", "edit, generate, undo, save, load, unload")
 @pytest.mark.parametrize("quantise", list(QUANTISERS), indirect=True)
 @pytest.mark.parametrize(
     "half", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["fp32", "half"]
@@ -89,6 +90,7 @@ def test_edit_generate_undo_save_load_unload(
         assert answers(other, tokenizer) == TOLD
 
 
+@pytest.mark.engine("{quantise}", "long answers")
 @pytest.mark.parametrize("quantise", ["torchao-int4", "bitsandbytes-nf4"], indirect=True)
 def test_a_long_answer(quantise: Any, model_dir: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
@@ -184,6 +186,7 @@ def test_the_full_model_s_memory_is_not_edited_on(
         Editor.open(quantise(), tokenizer, made_in_full)
 
 
+@pytest.mark.engine("{quantise}", "editing", possible=False)
 @pytest.mark.parametrize("quantise", ["torch-dynamic-int8"], indirect=True)
 def test_what_rounds_by_the_batch_is_not_edited(quantise: Any, model_dir: Path) -> None:
     """A row's logits depend on its company: no part of the model can be run by itself."""

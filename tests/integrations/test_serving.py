@@ -142,6 +142,7 @@ def batching(request: pytest.FixtureRequest) -> bool:
     return bool(request.param)
 
 
+@pytest.mark.engine("transformers serve", "eight clients at once, streaming or not")
 def test_eight_clients_get_what_each_gets_alone(batching: bool, case: Case) -> None:
     """Edited and unrelated prompts, memories by name, with and without streaming, all mixed."""
     names = {"tiny": "first", "tiny:first": "first", "tiny:second": "second", "tiny:unedited": None}
@@ -159,6 +160,7 @@ def test_eight_clients_get_what_each_gets_alone(batching: bool, case: Case) -> N
         assert answer.rstrip("\ufffd") == case.expected[names[model]][text].rstrip("\ufffd")
 
 
+@pytest.mark.engine("transformers serve", "chat")
 def test_chat_goes_through_the_template(batching: bool, case: Case) -> None:
     with case.served(batching, "first") as endpoint:
         edited, unedited = endpoint.chat(KNOWN[0]), endpoint.chat(KNOWN[0], "tiny:unedited")
@@ -170,6 +172,7 @@ def test_chat_goes_through_the_template(batching: bool, case: Case) -> None:
     assert edited == text and edited != unedited
 
 
+@pytest.mark.engine("transformers serve", "memories that come and go")
 def test_memories_come_and_go_while_clients_ask(batching: bool, case: Case, tmp_path: Path) -> None:
     save_memory(tmp_path / "m", case.memories["second"], {}, [], case.base)
     wrong = {"name": "tiny", "fingerprint": "0" * 64}

@@ -73,6 +73,7 @@ def run_processes(folder: Path, count: int) -> list[dict[str, Any]]:
     return [torch.load(folder / f"seen-{rank}.pt") for rank in range(count)]
 
 
+@pytest.mark.engine("tensor parallelism (two processes, gloo)", "generate: {name}")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(MODELS))
 def test_two_processes_answer_as_one(

@@ -61,6 +61,7 @@ def served(request: pytest.FixtureRequest, lab: SimpleNamespace) -> Served:
     return Served(lab, "llama", request.param)
 
 
+@pytest.mark.engine("transformers continuous batching", "a route for each request: {name}")
 @pytest.mark.parametrize("config", [ROOMY, TIGHT], ids=["roomy", "tight"])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "phi3", "gpt_neox"])
 def test_every_request_as_alone(name: str, config: dict[str, Any], lab: SimpleNamespace) -> None:
@@ -75,6 +76,7 @@ def test_every_request_as_alone(name: str, config: dict[str, Any], lab: SimpleNa
         assert served.together(config) == unedited
 
 
+@pytest.mark.engine("transformers continuous batching", "the indicator router")
 def test_the_indicator_routes_packed_requests(lab: SimpleNamespace) -> None:
     served = Served(lab, "llama", "sdpa")
     unload(served.model)
@@ -86,6 +88,7 @@ def test_eager_attention(served: Served) -> None:
     assert served.together(TIGHT) == served.alone()
 
 
+@pytest.mark.engine("transformers continuous batching", "sharing of blocks, within a route")
 def test_blocks_are_not_shared_across_routes(lab: SimpleNamespace) -> None:
     """One prompt, by the shard and by main memory in turn, on one cache."""
     served = Served(lab, "llama", "sdpa")
@@ -108,6 +111,7 @@ def test_blocks_are_not_shared_across_routes(lab: SimpleNamespace) -> None:
         assert cache.use_prefix_sharing and all(len(blocks) >= 3 for blocks in kept)
 
 
+@pytest.mark.engine("transformers continuous batching", "several answers a request")
 def test_several_answers_a_request(lab: SimpleNamespace) -> None:
     """Children take their parent's blocks and its route; by a temperature near 0 all are alike."""
     served = Served(lab, "llama", "sdpa")
@@ -117,6 +121,7 @@ def test_several_answers_a_request(lab: SimpleNamespace) -> None:
     assert served.together(ROOMY) == [one for one in expected for _ in range(3)]
 
 
+@pytest.mark.engine("transformers continuous batching", "a memory for each request")
 def test_a_memory_of_its_own_for_each_request(lab: SimpleNamespace) -> None:
     served = Served(lab, "llama", "sdpa")
     other = lab.key_memory(lab.make_model("llama"), served.known, served.layer, scale=3.0)
@@ -146,6 +151,7 @@ def test_a_memory_of_its_own_for_each_request(lab: SimpleNamespace) -> None:
         manager.add_request(served.requests[0])
 
 
+@pytest.mark.engine("transformers continuous batching", "memories that come and go")
 def test_memories_come_and_go_while_requests_are_served(lab: SimpleNamespace) -> None:
     served = Served(lab, "llama", "sdpa")
     model, known = served.model, served.requests[3]
@@ -188,6 +194,9 @@ def test_memories_come_and_go_while_requests_are_served(lab: SimpleNamespace) ->
         assert answer() == unedited
 
 
+@pytest.mark.engine(
+    "transformers continuous batching", "managers made before the first memory", possible=False
+)
 def test_a_manager_made_before_the_patch_is_refused(lab: SimpleNamespace) -> None:
     """Its requests would all be taken for one prompt."""
     model = lab.make_model("llama")

@@ -84,6 +84,7 @@ def test_every_cache_and_none(setting: Setting) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.engine("transformers generate", "beam search")
 def test_beam_search(setting: Setting) -> None:
     expected = setting.expected(num_beams=3)
     assert setting.written(num_beams=3) == expected
@@ -92,6 +93,7 @@ def test_beam_search(setting: Setting) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.engine("transformers generate", "sampling")
 def test_sampling_several_texts_a_prompt(setting: Setting) -> None:
     options = {"do_sample": True, "top_k": 0, "num_return_sequences": 2, "temperature": 1.5}
     steps = {"output_logits": True, "return_dict_in_generate": True}
@@ -241,6 +243,7 @@ def test_a_cache_repeated_for_more_rows_repeats_its_routes(llama: Setting) -> No
 
 
 @torch.no_grad()
+@pytest.mark.engine("transformers generate", "assisted decoding")
 def test_assisted_generation(llama: Setting) -> None:
     for row, expected in zip(llama.rows, llama.expected(), strict=True):
         ids = torch.tensor([row])

@@ -65,6 +65,7 @@ def two(request: pytest.FixtureRequest, lab: SimpleNamespace) -> Two:
     return Two(lab, layer)
 
 
+@pytest.mark.engine("transformers generate", "a memory for each row")
 def test_rows_use_the_memory_that_is_named(two: Two) -> None:
     a, b, none = two.alone(two.a), two.alone(two.b), two.alone(None)
     assert a[0] != b[0] != none[0] and a[1] != b[1] != none[1]
@@ -81,6 +82,7 @@ def test_rows_use_the_memory_that_is_named(two: Two) -> None:
     assert two.written() == a
 
 
+@pytest.mark.engine("transformers generate", "beams of several memories")
 def test_beams_and_samples_follow_their_prompts(two: Two) -> None:
     names = ["b", None, "a"]
     beams = {"num_beams": 3, "num_return_sequences": 2}

@@ -15,6 +15,7 @@ from wise_ext.storage import check_base, load_memory_dir
 
 CHECKS = ("weights", "name", "shape")
 
+
 def load_memory(
     model: nn.Module, directory: str | Path, name: str = DEFAULT, check: str = "weights"
 ) -> SideMemory:
