@@ -61,7 +61,10 @@ def run(load: Load, config: WiseConfig, edits: list[Edit], folder: Path, workers
     begun, start = time.perf_counter(), 0.0
     busiest = theirs = 0.0
     if workers:
-        with Cluster(workers=workers) as cluster, cluster.trainer(editor, load) as trainer:
+        with (
+            Cluster(workers=workers) as cluster,
+            cluster.trainer(editor, load, len(edits), WISE) as trainer,
+        ):
             before = trainer.cpu_seconds()
             start = time.perf_counter() - begun
             cpu = time.process_time()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from ..errors import ConfigError
 if TYPE_CHECKING:
     from ..editing.editor import Editor
     from ..editing.training import Trainer
-    from ..integrations.ray_editing import Cluster
+    from ..integrations.ray_editing import Cluster, Load
 
 #: Stands for a cluster of this machine alone.
 LOCAL = "local"
@@ -62,20 +62,22 @@ def connected(address: str | None, workers: int | None) -> Iterator[Cluster | No
         yield cluster
 
 
+def loader(model: str, *, dtype: str, device: str) -> Load:
+    """Loads the model of a command line anywhere; a worker sees no other card than its own."""
+    from ..models import load_model
+
+    name = str(Path(model).resolve()) if Path(model).exists() else model
+    return partial(load_model, name, dtype=dtype, device=device.partition(":")[0])
+
+
 def trainer(
-    cluster: Cluster | None, editor: Editor, model: str, *, dtype: str, device: str, parts: int
-) -> Any:
+    cluster: Cluster | None, editor: Editor, load: Load, edits: int, method: str
+) -> AbstractContextManager[Trainer | None]:
     """A context of the cluster's workers, each with the model; None without a cluster.
 
     Raises:
         ClusterError: there is no room for them.
     """
     if cluster is None:
-        nobody: Trainer | None = None
-        return nullcontext(nobody)
-    from ..models import load_model
-
-    name = str(Path(model).resolve()) if Path(model).exists() else model
-    # A worker sees no other card than its own.
-    load = partial(load_model, name, dtype=dtype, device=device.partition(":")[0])
-    return cluster.trainer(editor, load, parts)
+        return nullcontext()
+    return cluster.trainer(editor, load, edits, method)

@@ -26,7 +26,7 @@ from .choices import (
     StoredKind,
     Variant,
 )
-from .clusters import connected, trainer
+from .clusters import connected, loader, trainer
 from .console import note, number_of, say, size_name
 from .files import check_file, check_folder, write_json
 from .weights import check_new, edit_weights
@@ -178,13 +178,15 @@ def edit(
         if json is not None:
             write_json(json, found)
         return
-    parts = len(records) if how == ANYEDIT else 1 + -(-len(records) // config.shard_size)
     try:
         with connected(ray, ray_workers) as cluster:
             network, tokenizer = load_model(model, dtype=dtype, device=device)
             editor = Editor(network, tokenizer, config, out, resume, passages)
-            workers = trainer(cluster, editor, model, dtype=dtype, device=device, parts=parts)
-            with workers as others, progress_bar("editing") as move:
+            load = loader(model, dtype=dtype, device=device)
+            with (
+                trainer(cluster, editor, load, len(records), how) as others,
+                progress_bar("editing") as move,
+            ):
                 # saves in out, when done
                 report = editor.edit(records, progress=move, method=how, trainer=others)
     except KeyboardInterrupt:

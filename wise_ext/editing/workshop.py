@@ -6,8 +6,10 @@ import hashlib
 from copy import copy
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
+from wise_ext import ops
 from wise_ext._version import __version__
 from wise_ext.editing.anyedit_config import AnyEditConfig
 from wise_ext.editing.config import WiseConfig
@@ -73,7 +75,8 @@ class Workshop:
         and the logits of neutral texts, exactly and in half precision. Where it is the same, so are
         models, packages and processors, as far as that shows, and what is trained."""
         tensors = self._index.state_tensors() if self._index is not None else {}
-        about = [self.base["fingerprint"], __version__, self._cue, self._margins, *self._texts]
+        versions = [__version__, torch.__version__, ops.cpu_isa()]
+        about = [self.base["fingerprint"], versions, self._cue, self._margins, self._texts]
         data = encode_tensors(tensors | {"logits": self.coach.logits()})
         return hashlib.sha256(canonical(about) + data).hexdigest()
 

@@ -147,14 +147,15 @@ class Cluster:
             _ray().shutdown()
             self._ours = False
 
-    def trainer(self, editor: Editor, load: Load, most: int | None = None) -> RayTrainer:
+    def trainer(self, editor: Editor, load: Load, edits: int, method: str) -> RayTrainer:
         """Workers for an editor; they load the model while the driver plans.
 
         Args:
             editor: whose edits are to be trained.
             load: makes the editor's model and tokenizer anywhere in the cluster, say
                 ``functools.partial(wise_ext.load_model, "org/name")``.
-            most: more workers than this have nothing to do.
+            edits: how many there are; no more workers are made than they have use for.
+            method: how they are written.
 
         Raises:
             ClusterError: there is no room for so many, or for one.
@@ -179,7 +180,9 @@ class Cluster:
             max_restarts=-1,
             max_task_retries=_RETRIES,
         )
-        return RayTrainer([actor.remote(recipe) for _ in range(min(wanted, most or wanted))])
+        # Guests take room, too; so there may be more parts, but hardly.
+        parts = edits if method == ANYEDIT else 1 + -(-edits // editor.config.shard_size)
+        return RayTrainer([actor.remote(recipe) for _ in range(min(wanted, max(parts, 1)))])
 
     def _knock(self) -> None:
         """Ray takes long to find out that nobody is there."""
@@ -277,17 +280,12 @@ def edit(
         ClusterError: the cluster cannot be used.
         WiseError: as ``Editor.edit``.
     """
-    how = method or method_for(list(edits))
+    how = method or method_for(edits)
     with (
         Cluster(address, workers) as cluster,
-        cluster.trainer(editor, load, most_parts(editor.config, len(edits), how)) as trainer,
+        cluster.trainer(editor, load, len(edits), how) as trainer,
     ):
         return editor.edit(edits, progress, how, trainer)
-
-
-def most_parts(config: WiseConfig, edits: int, method: str) -> int:
-    """How many parts so many edits go into, or about: guests take room, too."""
-    return edits if method == ANYEDIT else 1 + -(-edits // config.shard_size)
 
 
 def _ray() -> ModuleType:
