@@ -183,3 +183,23 @@ def test_every_schedule_gives_back_every_step_in_order(
         assert int(tensors["values"]) == made[entries[-1]["part"]]
         assert len({entry["part"] for entry in entries}) == 1
     assert back == parts == asked
+
+
+def test_an_interrupted_step_leaves_nothing_behind(load: Any, tmp_path: Path) -> None:
+    """Not in the shard at hand, either: the next try starts from where the last step ended."""
+
+    def stop(done: int, total: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    config = WiseConfig(**PARTED | {"shard_size": 4})
+    for name in ("stopped", "never"):
+        editor = Editor(*load(), config)
+        editor.edit(edits_of("a b"), progress=False)
+        if name == "stopped":
+            with pytest.raises(KeyboardInterrupt):
+                editor.edit(edits_of("c d"), progress=stop)
+            assert [e["id"] for e in editor.ledger] == ["a", "b"]
+        editor.edit(edits_of("c d"), progress=False)
+        editor.save(tmp_path / name)
+    assert same_files(tmp_path / "stopped", tmp_path / "never")

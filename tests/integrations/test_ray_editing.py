@@ -34,6 +34,8 @@ LONG = [
     Edit("song", "Sing the song of Telm.", "Down by the mill the water is still."),
 ]
 PASSAGES = AnyEditConfig(margin=1.0)
+# Every worker is a process that loads torch, transformers and a model.
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +151,6 @@ ray_editing.edit(editor, TOLD, load, progress=False, workers=2)
 """
 
 
-@pytest.mark.slow
 def test_a_killed_driver_goes_on_with_and_without_a_cluster(
     cluster: None, load: Any, model_dir: Path, tmp_path: Path
 ) -> None:
