@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -155,13 +156,14 @@ def test_a_killed_driver_goes_on_with_and_without_a_cluster(
     cluster: None, load: Any, model_dir: Path, tmp_path: Path
 ) -> None:
     _run(load, tmp_path / "here")
+    command = [sys.executable, "-c", _KILLED_DRIVER, str(model_dir), str(tmp_path / "alone")]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    shutil.copytree(tmp_path / "alone", tmp_path / "again")
     for name in ("alone", "again"):
-        folder = tmp_path / name
-        command = [sys.executable, "-c", _KILLED_DRIVER, str(model_dir), str(folder)]
-        assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
-        assert Journal.exists(folder)
-        _run(load, folder, resume=True, ray=name == "again")
-        assert same_files(tmp_path / "here", folder)
+        assert Journal.exists(tmp_path / name)
+        editor = _run(load, tmp_path / name, resume=True, ray=name == "again", workers=1)
+        assert len(editor.ledger) == len(TOLD)
+        assert same_files(tmp_path / "here", tmp_path / name)
 
 
 def test_what_a_worker_raises_comes_through(cluster: None, load: Any, tmp_path: Path) -> None:
