@@ -8,6 +8,7 @@ a bench of costs need not wait for hours of editing. The names are syllables, th
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +70,7 @@ class Maker:
         config = WiseConfig(router=router, margins=router == "indicator", **settings)
         self._shop = Workshop(model, tokenizer, config)
         self._size, self._ratio, self._seed = shard_size, mask_ratio, seed
-        self._facts = self._questions()
+        self._facts = questions(seed)
         self._prompts: list[str] = []
         self._keys: list[list[TokenKeys]] = []
 
@@ -90,17 +91,18 @@ class Maker:
             memory.key_index.add_worded(self._keys[: len(prompts)], places, ids)
         return Made(memory, prompts)
 
-    def _questions(self) -> Any:
-        """Endless questions about subjects that occur once."""
-        rng = random.Random(self._seed)
-        known = [r for r in relations() if r.kind != "anything"]
-        taken = set()
-        while True:
-            words = ("".join(rng.sample(_SYLLABLES, rng.choice((2, 3)))).title() for _ in range(2))
-            subject = " ".join(words)
-            if subject not in taken:
-                taken.add(subject)
-                yield rng.choice(rng.choice(known).wordings).format(subject), subject
+
+def questions(seed: int = 0) -> Iterator[tuple[str, str]]:
+    """Endless questions about subjects that occur once, and those subjects."""
+    rng = random.Random(seed)
+    known = [r for r in relations() if r.kind != "anything"]
+    taken = set()
+    while True:
+        words = ("".join(rng.sample(_SYLLABLES, rng.choice((2, 3)))).title() for _ in range(2))
+        subject = " ".join(words)
+        if subject not in taken:
+            taken.add(subject)
+            yield rng.choice(rng.choice(known).wordings).format(subject), subject
 
 
 def made_index(width: int, count: int, seed: int = 1) -> KeyIndex:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from .._version import __version__
+from .clusters import RayCommand
 from .compare import compare
 from .demo import demo
 from .edit import edit
@@ -50,7 +51,7 @@ def options(
     """Options of every command; CarefulGroup reads ``debug``, its own callback ``version``."""
 
 
-app.command("edit")(edit)
+app.command("edit", cls=RayCommand)(edit)
 app.command("eval")(evaluate)
 app.command("compare")(compare)
 app.command("generate")(generate)

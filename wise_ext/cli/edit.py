@@ -26,6 +26,7 @@ from .choices import (
     StoredKind,
     Variant,
 )
+from .clusters import connected, loader, trainer
 from .console import note, number_of, say, size_name
 from .files import check_file, check_folder, write_json
 from .weights import edit_weights
@@ -104,6 +105,19 @@ def edit(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted run in --out.")
     ] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray",
+            metavar="[ADDRESS]",
+            help="Train shards side by side on a Ray cluster; without an address, on this machine.",
+            show_default=False,
+        ),
+    ] = None,
+    ray_workers: Annotated[
+        int | None,
+        typer.Option("--ray-workers", min=1, metavar="N", help="Processes.  [as many as fit]"),
+    ] = None,
     json: JsonOption = None,
 ) -> None:
     """Write edits into a model, by default into a side memory: its weights stay as they are."""
@@ -147,6 +161,7 @@ def edit(
     if how not in SIDE:
         of_side = {name: chosen[name] for name in chosen if name not in ("chat_template", "stored")}
         of_side |= {"stored": stored is not StoredKind.exact, "resume": resume}
+        of_side |= {"ray": ray, "ray-workers": ray_workers}
         if given := [name.replace("_", "-") for name, value in of_side.items() if value]:
             raise ConfigError(f"--{given[0]} is of a side memory: {how} edits the weights")
         from ..storage import check_new
@@ -159,16 +174,23 @@ def edit(
     from ..models import load_model
     from ..storage.commit import has_journal
 
-    network, tokenizer = load_model(model, dtype=dtype, device=device)
     if how not in SIDE:
+        network, tokenizer = load_model(model, dtype=dtype, device=device)
         found = edit_weights(network, tokenizer, how, records, out, layer=block, chat=chat)
         if json is not None:
             write_json(json, found)
         return
     try:
-        editor = Editor(network, tokenizer, config, directory=out, resume=resume, anyedit=passages)
-        with progress_bar("editing") as move:
-            report = editor.edit(records, progress=move, method=how)  # saves in out, when done
+        with connected(ray, ray_workers) as cluster:
+            network, tokenizer = load_model(model, dtype=dtype, device=device)
+            editor = Editor(network, tokenizer, config, out, resume, passages)
+            load = loader(model, dtype=dtype, device=device)
+            with (
+                trainer(cluster, editor, load, len(records), how) as others,
+                progress_bar("editing") as move,
+            ):
+                # saves in out, when done
+                report = editor.edit(records, progress=move, method=how, trainer=others)
     except KeyboardInterrupt:
         kept = f"what was done so far is kept in {out}: run the same command with --resume to go on"
         raise KeyboardInterrupt(

@@ -22,7 +22,8 @@ from wise_ext.editing.ledger import (
     is_passage,
     method_for,
 )
-from wise_ext.editing.progress import part_way, progress_bar
+from wise_ext.editing.progress import progress_bar
+from wise_ext.editing.training import Trainer
 from wise_ext.editing.workshop import Workshop
 from wise_ext.errors import ConfigError, DataError
 from wise_ext.memory import SideMemory
@@ -115,6 +116,7 @@ class Editor:
         edits: Sequence[Edit],
         progress: bool | Callable[[int, int], None] = True,
         method: str | None = None,
+        trainer: Trainer | None = None,
     ) -> EditReport:
         """Write edits, in order, up to ``config.batch_size`` of them trained together.
 
@@ -126,6 +128,7 @@ class Editor:
             progress: True shows a bar on a terminal; a function is called with (done, total).
             method: ``"wise"``, or ``"anyedit"``: each edit in a low-rank shard of its own, for
                 answers of any length; None takes that where all edits are long-form records.
+            trainer: who trains, to the same bytes; None does it here.
 
         Raises:
             ConfigError: an unknown method, or settings that it cannot work with.
@@ -144,16 +147,22 @@ class Editor:
         before = len(self.ledger)
         shown = nullcontext(progress) if callable(progress) else progress_bar("editing", progress)
         journal = self._journal(edits, method)
+        trainer = trainer or self._builder.trainer
         try:
             with self._bare_model(), shown as move:
-                while (done := len(self.ledger) - before) < len(edits):
-                    move(done, len(edits))
-                    some = edits[done : done + self._builder.room(method)]
-                    told = part_way(move, done, len(some), len(edits))
-                    step = self._builder.write(some, method, told)
+
+                def told(settled: int, step: int) -> None:
+                    # A step is never whole before it is recorded.
+                    move(len(self.ledger) - before + min(settled, step - 1), len(edits))
+
+                told(0, 1)
+                rest = edits[len(self.ledger) - before :]
+                tasks = self._builder.tasks(rest, method, trainer.ahead)
+                for trained in trainer.train(tasks, told):
+                    step = self._builder.take(trained)
                     if journal is not None:
                         journal.record({"entries": step.entries}, step.state, step.kept)
-                move(len(edits), len(edits))
+                    told(0, 1)
             if self._directory is not None:
                 self._save(self._directory, journal)
         finally:
@@ -212,6 +221,11 @@ class Editor:
             unload(self.model)
         self._shop.coach.forget()
         self._builder = MemoryBuilder(self._shop, self.config, self.anyedit)
+
+    def digest(self) -> str:
+        """See ``Workshop.digest``: who trains for this editor has the same."""
+        with self._bare_model():
+            return self._shop.digest()
 
     @property
     def memory(self) -> SideMemory:

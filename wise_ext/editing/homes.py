@@ -18,13 +18,14 @@ from wise_ext.editing.cueing import cue_numbers
 from wise_ext.editing.edits import Edit, find_conflicts, squeezed
 from wise_ext.editing.ledger import edit_of, is_passage, was_trained
 from wise_ext.editing.parts import Parts, steps_of
-from wise_ext.memory import NO_CUE, SideMemory, TokenKeys
+from wise_ext.memory import NO_CUE, KeyIndex, SideMemory, TokenKeys
 
 Ledger = Sequence[dict[str, Any]]
 
 
 def guests_for(
-    memory: SideMemory,
+    index: KeyIndex | None,
+    radius: float,
     parts: Parts,
     ledger: Ledger,
     edits: Sequence[Edit],
@@ -36,18 +37,19 @@ def guests_for(
     asked it in is undone.
 
     Args:
-        memory: its index is asked; without one, or where shards are merged, nobody has guests.
+        index: the keys of the edits so far; without it, or where shards are merged, nobody has
+            guests.
+        radius: score above which one may be taken for the other.
         parts: which are full.
         ledger: the edits so far.
         edits: the new ones.
         keys: the tokens of their prompts.
     """
-    index = memory.key_index
     if index is None or not parts.apart:
         return {edit.id: [] for edit in edits}
     full = {e["id"] for e in ledger if e["part"] < parts.closed and not is_passage(e)}
     anew = answered_anew([e for e in ledger if is_passage(e)], edits)
-    near = index.like(keys, memory.radius)
+    near = index.like(keys, radius)
     return {
         edit.id: [name for name in names if name in full] + anew[edit.id]
         for edit, names in zip(edits, near, strict=True)

@@ -53,7 +53,6 @@ def entry_of(
     *,
     method: str,
     part: int,
-    slot: int,
     step: int,
     guests: list[str],
 ) -> dict[str, Any]:
@@ -63,14 +62,14 @@ def entry_of(
         edit: what was asked for.
         outcome: how it went; None for an edit that a later one of its step supersedes.
         method: one of ``METHODS``.
-        part: the part it was written in; ``slot``: the memory's shard that this is.
+        part: the part it was written in; ``settle`` says which shard of the memory that is.
         step: the number of the step.
         guests: what was asked in with it.
     """
     entry = ledger_entry(
         asdict(edit),
         locality_prompt=outcome.locality_prompt if outcome else edit.locality_prompt,
-        shard=slot if outcome else None,
+        shard=part if outcome else None,
         step=step,
         iterations=outcome.iterations if outcome else 0,
         losses=outcome.losses if outcome else {},

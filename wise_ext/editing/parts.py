@@ -85,8 +85,12 @@ def steps_of(
     entries: Iterable[dict[str, Any]], part: int
 ) -> list[tuple[int, list[dict[str, Any]]]]:
     """A part's ledger entries by training step, in order."""
-    own = [e for e in entries if e["part"] == part]
-    return [(step, list(group)) for step, group in groupby(own, key=lambda e: int(e["step"]))]
+    return by_step(e for e in entries if e["part"] == part)
+
+
+def by_step(entries: Iterable[dict[str, Any]]) -> list[tuple[int, list[dict[str, Any]]]]:
+    """Ledger entries by training step, in order."""
+    return [(step, list(group)) for step, group in groupby(entries, key=lambda e: int(e["step"]))]
 
 
 def count_parts(entries: Sequence[dict[str, Any]]) -> int:

@@ -86,6 +86,7 @@ class Coach:
             some = neutral_prompts()[:_PROBES]
             engine.halve_captures([encode_prompt(tokenizer, t, c) for c in chats for t in some])
         self._known: dict[str, Practice] = {}
+        self._found_by: dict[str, tuple[Edit, list[TokenKeys]]] = {}
         self._index: KeyIndex | None = None
 
     def practice(self, edit: Edit) -> Practice:
@@ -100,8 +101,9 @@ class Coach:
         return known
 
     def forget(self) -> None:
-        """Free all rows."""
+        """Free all rows and keys."""
         self._known.clear()
+        self._found_by.clear()
 
     def empty_index(self) -> KeyIndex:
         """A key index without edits that knows neutral prompts, which stand for everything else,
@@ -150,6 +152,13 @@ class Coach:
         names = {tuple(k.ids[k.subject].tolist()) for k in keys if k.subject is not None}
         return keys if len(names) > 1 else keys[:1]
 
+    def found_by(self, edit: Edit) -> list[TokenKeys]:
+        """An edit's ``addresses``, made at the first asking, kept until ``forget``."""
+        known = self._found_by.get(edit.id)
+        if known is None or known[0] != edit:
+            known = self._found_by[edit.id] = edit, self.addresses(edit.prompt, edit.subject)
+        return known[1]
+
     def cue_size(self) -> float:
         """The size of cues: their strength times the root mean square of an activation that enters
         the edited projection, median over neutral tokens."""
@@ -169,6 +178,11 @@ class Coach:
         scale = self.engine.output_norm(self._neutral_rows()) / _PAPER_OUTPUT_NORM
         return Margins(*(scale * m for m in _PAPER_MARGINS))
 
+    def logits(self) -> Tensor:
+        """Those of neutral texts by capture and replay, exactly and in half precision, fp32 [2,
+        tokens, vocabulary]."""
+        return self.engine.unedited([self._prompt(text) for text in neutral_prompts()[:_PROBES]])
+
     def _neutral_rows(self) -> list[Row]:
         prompts = [self._prompt(text) for text in neutral_prompts()[:_SAMPLE]]
         return self.engine.capture(prompts, [[]] * len(prompts))
@@ -184,7 +198,7 @@ class Coach:
             prompts.append(encode_prompt(self._tokenizer, edit.prompt, chat=True))
             targets.append(encode_target(self._tokenizer, edit.target_new, stop=True, chat=True))
         others = [shorter(edit.prompt, edit.subject, rng) for _ in range(c.shortened)]
-        addresses = self.addresses(edit.prompt, edit.subject)
+        addresses = self.found_by(edit)
         asked = self._index.asks(addresses[0]) if self._index is not None else torch.zeros(0)
         others += self._reworded(edit, asked, rng)
         wordings = [self._prompt(text) for text in others if text is not None]

@@ -64,8 +64,3 @@ def counted(
             move(done, total)
 
         yield tick
-
-
-def part_way(move: ProgressCallback, done: int, step: int, total: int) -> Callable[[int], None]:
-    """Progress within a step of ``step`` edits, which is never whole before it is recorded."""
-    return lambda settled: move(done + min(settled, step - 1), total)

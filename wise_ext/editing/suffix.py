@@ -253,6 +253,14 @@ class SuffixEngine:
         people write them."""
         self._halves = self._close_halves(texts, HALF_MARGIN)
 
+    @torch.no_grad()
+    def unedited(self, texts: Sequence[Sequence[int]]) -> Tensor:
+        """The model's logits of all but the first of texts' tokens by capture and replay, exactly
+        and ``in_half``: fp32 [2, tokens, vocabulary]."""
+        exact = self._unedited(texts)
+        with self.in_half():
+            return torch.stack([exact, self._unedited(texts, in_half=True)])
+
     @property
     def takes_tokens(self) -> bool:
         """Whether ``logits`` can be had for some tokens alone."""

@@ -99,19 +99,30 @@ class WiseWriter:
         self._shape = shape
         self._margins = margins
         self._cues = cues
+        self._drawn: tuple[int, tuple[int, Tensor, Tensor]] | None = None
 
     def open(
-        self, number: int, sealed: Shard | None = None, edits: Sequence[Edit] = ()
+        self, number: int, values: Tensor | None = None, edits: Sequence[Edit] = ()
     ) -> OpenShard:
-        """A new shard, or a sealed one taken up again. Its mask depends on seed and number."""
-        seed = draw_seed(self._config.seed, "mask", number)
-        bits = random_mask_bits(*self._shape, self._config.mask_ratio, seed)
+        """A new shard, or one taken up again that was sealed with these ``values`` [nnz]. Its mask
+        depends on seed and number."""
+        seed, bits, row_ptr = self._mask(number)
         device = self._engine.device
-        delta = torch.zeros(self._shape) if sealed is None else sealed.dense()
-        _, row_ptr = ops.pack(delta, bits)
+        delta = torch.zeros(self._shape)
+        if values is not None:
+            delta = ops.unpack(bits, values.float(), row_ptr, self._shape[1])
         return OpenShard(
             number, seed, bits.to(device), row_ptr.to(device), delta.to(device), list(edits)
         )
+
+    def _mask(self, number: int) -> tuple[int, Tensor, Tensor]:
+        """A shard's seed, mask bits and row pointers; a large mask takes seconds to draw."""
+        if self._drawn is None or self._drawn[0] != number:
+            seed = draw_seed(self._config.seed, "mask", number)
+            bits = random_mask_bits(*self._shape, self._config.mask_ratio, seed)
+            _, row_ptr = ops.pack(torch.zeros(self._shape), bits)
+            self._drawn = number, (seed, bits, row_ptr)
+        return self._drawn[1]
 
     def write(
         self,
@@ -135,7 +146,8 @@ class WiseWriter:
         new = [self._coach.practice(e) for e in edits]
         replaced = {old for old, _ in find_conflicts([*shard.edits, *edits])}
         old = [self._coach.practice(e) for e in shard.edits if e.id not in replaced]
-        others = [self._coach.practice(e) for e in foreign] if self._margins else []
+        # Prompts of other shards come without a cue, even those of guests.
+        others = [self._without_cue(e) for e in foreign] if self._margins else []
         self._give_cues([*old, *new])
         ids = ",".join(edit.id for edit in edits)
         rng = random.Random(draw_seed(self._config.seed, "draws", shard.number, ids))
@@ -178,10 +190,13 @@ class WiseWriter:
         bits = torch.zeros(self._shape[0], -(-self._shape[1] // 32), dtype=torch.int32)
         device = self._engine.device
         # For routing by the indicator, which knows of no cues.
-        rows = [replace(self._coach.practice(e).bare, cue=None) for e in edits]
+        rows = [self._without_cue(e) for e in edits]
         with torch.no_grad():
             r = self._engine.indicator(rows, delta.to(device), bits.to(device))
         return float(r.min()) * self._config.act_ratio
+
+    def _without_cue(self, edit: Edit) -> Row:
+        return replace(self._coach.practice(edit).bare, cue=None)
 
 
 class _Lesson:
@@ -193,7 +208,7 @@ class _Lesson:
         shard: OpenShard,
         new: list[Practice],
         old: list[Practice],
-        foreign: list[Practice],
+        foreign: list[Row],
         rng: random.Random,
     ) -> None:
         self._config = writer._config
@@ -312,7 +327,7 @@ class _Lesson:
         assert self._margins is not None
         unrelated = [s.unrelated for s in chunk if s.unrelated is not None]
         count = min(self._config.replay, len(self._foreign))
-        foreign = [p.bare for p in self._rng.sample(self._foreign, count)]
+        foreign = self._rng.sample(self._foreign, count)
         r = self._engine.indicator([*unrelated, *foreign], delta, self._shard.mask_bits)
         loss = margin_loss(indicator, r[: len(unrelated)], self._margins)
         if foreign:

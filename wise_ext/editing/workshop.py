@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from copy import copy
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
+from wise_ext import ops
+from wise_ext._version import __version__
 from wise_ext.editing.anyedit_config import AnyEditConfig
 from wise_ext.editing.config import WiseConfig
 from wise_ext.editing.contexts import sample_contexts
@@ -19,6 +23,7 @@ from wise_ext.errors import ConfigError
 from wise_ext.memory import Cues, SideMemory
 from wise_ext.models.loading import fingerprint
 from wise_ext.models.table import get_module, layer_path, projection_shape
+from wise_ext.storage.encoding import canonical, encode_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,11 +56,12 @@ class Workshop:
         seed = draw_seed(config.seed, "contexts")
         texts = sample_contexts(model, tokenizer, config.contexts, config.context_tokens, seed)
         self.coach = Coach(engine, tokenizer, config, texts)
-        margins = self.coach.margins() if config.margins else None
+        self._margins = self.coach.margins() if config.margins else None
+        self._texts = texts
         self._index = self.coach.empty_index() if self._key_layer is not None else None
         self._cue = self.coach.cue_size() if self._key_layer is not None else 0.0
         cues = Cues(self._cue, self._shape[1]) if self._cue else None
-        self.writer = WiseWriter(self.coach, config, self._shape, margins, cues)
+        self.writer = WiseWriter(self.coach, config, self._shape, self._margins, cues)
         self._tokenizer = tokenizer
         model.train(training)
 
@@ -63,6 +69,16 @@ class Workshop:
         """A writer of edits with answers of any length."""
         engine, half = self.coach.engine, self.coach.in_half
         return PassageWriter(engine, self._tokenizer, config, self._config.chat_template, half)
+
+    def digest(self) -> str:
+        """SHA-256 of what steps start from: the contexts, the index, the size of cues, the margins,
+        and the logits of neutral texts, exactly and in half precision. Where it is the same, so are
+        models, packages and processors, as far as that shows, and what is trained."""
+        tensors = self._index.state_tensors() if self._index is not None else {}
+        versions = [__version__, torch.__version__, ops.cpu_isa()]
+        about = [self.base["fingerprint"], versions, self._cue, self._margins, self._texts]
+        data = encode_tensors(tensors | {"logits": self.coach.logits()})
+        return hashlib.sha256(canonical(about) + data).hexdigest()
 
     def check_passages(self) -> None:
         """See that the memory could hold passages beside its other edits.

@@ -4,7 +4,8 @@
 
     DIR/journal/header.json                 what is being run: settings, model, edits, the memory
                                             that it started from
-                steps.jsonl                 one line a finished step
+                steps.jsonl                 one line a finished step, or several
+                                            of one shard that came together
                 state-000041.safetensors    the open state after the latest step
                 kept-000007.safetensors     tensors that a step leaves for good (a sealed shard, …)
 
