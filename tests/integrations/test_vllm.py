@@ -1,0 +1,142 @@
+"""A memory in a real vLLM engine: it writes what transformers' ``generate`` writes.
+
+Runs where vLLM can be imported and wise-ext is installed beside it (docs/vllm.md: such an
+environment for a CPU); skips elsewhere.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.integrations.served import KNOWN, PREFIX, UNKNOWN, Served
+from tests.integrations.vllm_engine import run
+from tests.tiny_models import prompts
+from wise_ext.models import decide_routes
+from wise_ext.storage import load_memory_dir, save_memory
+
+if importlib.util.find_spec("vllm") is None:
+    pytest.skip("vLLM is not installed", allow_module_level=True)
+if not any(
+    entry.name == "wise_ext"
+    for entry in importlib.metadata.entry_points(group="vllm.general_plugins")
+):
+    pytest.skip("vLLM finds wise-ext by its entry point: install it", allow_module_level=True)
+
+pytestmark = pytest.mark.slow
+
+TOKENS = 12
+# Shorter than most prompts, so that these come in chunks, beside tokens of other requests.
+CHUNK = {"max_num_batched_tokens": 16, "max_num_seqs": 4}
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
+    return Served(tmp_path_factory.mktemp("served"))
+
+
+def ids_of(batch: list[dict[str, Any]]) -> list[list[int]]:
+    return [answer["ids"] for answer in batch]
+
+
+def test_the_prompts_take_the_routes_that_the_tests_are_about(served: Served) -> None:
+    routes = [int(decide_routes(served.patched, torch.tensor([row])).route) for row in KNOWN]
+    assert routes == [0, 1, 2, 3]
+    others = [decide_routes(served.patched, torch.tensor([row])).route for row in UNKNOWN]
+    assert [int(route) for route in others] == [-1, -1, -1]
+    written, unedited = served.written(KNOWN, TOKENS), served.unedited(KNOWN, TOKENS)
+    assert all(a != b for a, b in zip(written, unedited, strict=True))
+
+
+def test_mixed_batches_in_chunks_with_prefix_caching(served: Served) -> None:
+    again = PREFIX + prompts(7, seed=5)[0]
+    mixed = [KNOWN[2], UNKNOWN[1], KNOWN[0], UNKNOWN[0], KNOWN[3], KNOWN[1], UNKNOWN[2]]
+    # One at a time, so that each finds the blocks of those before it.
+    singly = [KNOWN[0], KNOWN[1], UNKNOWN[0], again, KNOWN[0]]
+    batches = [*([row] for row in singly), mixed, mixed]
+    job = {"model": str(served.model), "options": CHUNK, "batches": batches, "tokens": TOKENS}
+    answers = run(job, served.memory)
+    for batch, rows in zip(answers["batches"], batches, strict=True):
+        assert ids_of(batch) == served.written(rows, TOKENS)
+    # Two blocks of 32 tokens are common to all of them; each route has its own.
+    assert [batch[0]["cached"] for batch in answers["batches"][:5]] == [0, 0, 0, 64, 64]
+    assert "wise-ext serves 4 edits in 4 shards" in answers["log"]
+
+
+def test_other_requests_are_bit_equal_to_a_server_without_the_plugin(served: Served) -> None:
+    batches = [[KNOWN[2], UNKNOWN[1], UNKNOWN[2], KNOWN[3]]]
+    job = {"model": str(served.model), "options": CHUNK, "batches": batches, "tokens": TOKENS}
+    edited = run(job, served.memory)["batches"][0]
+    bare = run(job, VLLM_PLUGINS="none")["batches"][0]
+    idle = run(job)["batches"][0]
+    for place in (1, 2):
+        assert edited[place] == bare[place]
+    for place in (0, 3):
+        assert edited[place]["ids"] != bare[place]["ids"]
+    assert idle == bare
+
+
+def test_preempted_requests_keep_their_routes(served: Served) -> None:
+    rows = [KNOWN[3], UNKNOWN[1], KNOWN[2], KNOWN[0]]
+    job = {
+        "model": str(served.model),
+        # Together they come to need 15 blocks of 32 tokens.
+        "options": {
+            "num_gpu_blocks_override": 9,
+            "enable_prefix_caching": False,
+            "max_num_seqs": 4,
+        },
+        "batches": [rows],
+        "tokens": 60,
+    }
+    answers = run(job, served.memory)
+    assert answers["preemptions"] > 0
+    assert ids_of(answers["batches"][0]) == served.written(rows, 60)
+
+
+def test_speculative_decoding_is_verified_by_the_edited_model(served: Served) -> None:
+    rows = [KNOWN[2], UNKNOWN[1], KNOWN[0]]
+    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
+    job = {
+        "model": str(served.model),
+        "options": {"speculative_config": drafts | {"prompt_lookup_min": 1}},
+        "batches": [rows],
+        "tokens": 40,
+    }
+    answers = run(job, served.memory)
+    assert answers["accepted"] > 0
+    assert ids_of(answers["batches"][0]) == served.written(rows, 40)
+
+
+def test_compiled(served: Served) -> None:
+    batches = [[UNKNOWN[1]], [KNOWN[2], UNKNOWN[2], KNOWN[0]], [UNKNOWN[1], KNOWN[1]]]
+    job = {
+        "model": str(served.model),
+        "options": CHUNK | {"enforce_eager": False},
+        "batches": batches,
+        "tokens": TOKENS,
+    }
+    answers = run(job, served.memory)
+    for batch, rows in zip(answers["batches"], batches, strict=True):
+        assert ids_of(batch) == served.written(rows, TOKENS)
+
+
+def test_a_memory_of_another_model_is_refused(served: Served, tmp_path: Path) -> None:
+    memory = load_memory_dir(served.memory).memory
+    save_memory(tmp_path, memory, {}, [], served.base | {"fingerprint": "0" * 64})
+    refused = run({"model": str(served.model), "refused": True}, tmp_path)
+    assert refused["error"].startswith("StorageError: the memory was made for 'tiny' [000")
+
+
+def test_what_cannot_be_served_is_refused(served: Served) -> None:
+    options = {"tensor_parallel_size": 2, "additional_config": {"wise_ext": {"memory": "x"}}}
+    refused = run({"model": str(served.model), "options": options, "refused": True})
+    assert (
+        "ConfigError: a memory cannot be served by vLLM with --tensor-parallel-size above 1"
+        in (refused["error"])
+    )
