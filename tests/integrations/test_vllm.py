@@ -8,14 +8,26 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
+from urllib.request import Request, urlopen
 
 import pytest
 import torch
 
 from tests.integrations.served import KNOWN, PREFIX, UNKNOWN, Served
-from tests.integrations.vllm_engine import run
+from tests.integrations.vllm_engine import QUIET, ROOT, run
 from tests.tiny_models import prompts
 from wise_ext.models import decide_routes
 from wise_ext.storage import load_memory_dir, save_memory
@@ -113,7 +125,7 @@ def test_speculative_decoding_is_verified_by_the_edited_model(served: Served) ->
     assert ids_of(answers["batches"][0]) == served.written(rows, 40)
 
 
-def test_compiled(served: Served) -> None:
+def test_compiled(served: Served, tmp_path: Path) -> None:
     batches = [[UNKNOWN[1]], [KNOWN[2], UNKNOWN[2], KNOWN[0]], [UNKNOWN[1], KNOWN[1]]]
     job = {
         "model": str(served.model),
@@ -121,7 +133,7 @@ def test_compiled(served: Served) -> None:
         "batches": batches,
         "tokens": TOKENS,
     }
-    answers = run(job, served.memory)
+    answers = run(job, served.memory, VLLM_CACHE_ROOT=str(tmp_path))
     for batch, rows in zip(answers["batches"], batches, strict=True):
         assert ids_of(batch) == served.written(rows, TOKENS)
 
@@ -140,3 +152,61 @@ def test_what_cannot_be_served_is_refused(served: Served) -> None:
         "ConfigError: a memory cannot be served by vLLM with --tensor-parallel-size above 1"
         in (refused["error"])
     )
+
+
+@contextmanager
+def server(model: Path, log: Path, *arguments: str) -> Iterator[str]:
+    """The address of ``vllm serve MODEL`` on loopback, once it answers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
+    place = ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [*command, *place, "--max-model-len", "256", *arguments],
+            env=os.environ | QUIET,
+            cwd=ROOT,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            end = time.monotonic() + 500
+            while True:
+                try:
+                    urlopen(f"http://127.0.0.1:{port}/health")
+                    break
+                except URLError:
+                    assert process.poll() is None and time.monotonic() < end, log.read_text()[
+                        -4000:
+                    ]
+                    time.sleep(1)
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def test_the_openai_server_under_concurrent_clients(
+    served: Served, model_dir: Path, tmp_path: Path
+) -> None:
+    for file in model_dir.glob("tokenizer*"):  # the server wants one; prompts are token ids
+        shutil.copy(file, served.model)
+    setting = json.dumps({"wise_ext": {"memory": str(served.memory)}})
+
+    def ask(row: list[int]) -> list[int]:
+        asked = {"model": str(served.model), "prompt": row, "max_tokens": TOKENS, "temperature": 0}
+        body = json.dumps(asked | {"ignore_eos": True, "return_token_ids": True}).encode()
+        kind = {"Content-Type": "application/json"}
+        with urlopen(Request(f"{address}/completions", body, kind)) as answer:
+            ids: list[int] = json.load(answer)["choices"][0]["token_ids"]
+        return ids
+
+    rows = (KNOWN + UNKNOWN) * 4
+    log = tmp_path / "log"
+    with server(served.model, log, "--additional-config", setting) as address:
+        with ThreadPoolExecutor(8) as clients:
+            together = list(clients.map(ask, rows))
+        alone = [ask(row) for row in KNOWN + UNKNOWN]
+    assert together == alone * 4
+    assert alone == served.written(KNOWN + UNKNOWN, TOKENS)
