@@ -66,13 +66,12 @@ class SideProjection:
             return
         self._used = int(np.sum(counts)) if self._routed else 0
         shards = [route.shard for route in routes]
-        self._put(self._route, token_values(shards, counts, MAIN, length))
+        self._put(self._route, torch.from_numpy(token_values(shards, counts, MAIN, length)))
         if self.cues is not None:
             lines, fresh = self._lines.of([route.cue for route in routes])
             for line, number in fresh:
-                vector = self.cues.vectors(torch.tensor([number]))[0]
-                self._table[line].copy_(vector)
-            self._put(self._line, token_values(lines, counts, 0, length))
+                self._put(self._table[line], self.cues.vectors(torch.tensor([number]))[0])
+            self._put(self._line, torch.from_numpy(token_values(lines, counts, 0, length)))
 
     def add_(self, y: Tensor, x: Tensor) -> None:
         """Add the side memory in place.
@@ -92,8 +91,8 @@ class SideProjection:
         """Whether this pass may have a routed token, or is being captured for others that do."""
         return self._routed or (self._pinned and torch.cuda.is_current_stream_capturing())
 
-    def _put(self, there: Tensor, values: NDArray[np.int64]) -> None:
-        fresh = torch.from_numpy(values).to(there.dtype)
+    def _put(self, there: Tensor, values: Tensor) -> None:
+        fresh = values.to(there.dtype)
         if self._pinned:  # does not wait, and the step before may still be reading its own
             fresh = fresh.pin_memory()
         there[: len(fresh)].copy_(fresh, non_blocking=True)
