@@ -144,6 +144,29 @@ def test_compiled(served: Served, tmp_path: Path) -> None:
         assert ids_of(batch) == served.written(rows, TOKENS)
 
 
+def test_compiled_in_pieces_and_taken_from_the_cache(served: Served, tmp_path: Path) -> None:
+    rows = [KNOWN[2], UNKNOWN[1], KNOWN[0], UNKNOWN[2]]
+    fusions = {"fuse_norm_quant": False, "fuse_act_quant": False}
+    compiled = {"enforce_eager": False, "compilation_config": {"pass_config": fusions}}
+    job = {
+        "model": str(served.model),
+        "options": CHUNK | compiled,
+        "piecewise": True,
+        "batches": [[rows[1]], rows],
+        "tokens": TOKENS,
+    }
+    cache = {"VLLM_CACHE_ROOT": str(tmp_path / "cache")}
+    taken = "Directly load AOT compilation"
+    first, second = run(job, served.memory, **cache), run(job, served.memory, **cache)
+    assert taken not in first["log"] and taken in second["log"]
+    for answers in (first, second):
+        assert ids_of(answers["batches"][1]) == served.written(rows, TOKENS)
+    memory = load_memory_dir(served.memory).memory
+    memory.radius = 2.0
+    save_memory(tmp_path / "other", memory, {}, [], served.base)
+    assert taken not in run(job, tmp_path / "other", **cache)["log"]
+
+
 def test_a_memory_of_another_model_is_refused(served: Served, tmp_path: Path) -> None:
     memory = load_memory_dir(served.memory).memory
     save_memory(tmp_path, memory, {}, [], served.base | {"fingerprint": "0" * 64})

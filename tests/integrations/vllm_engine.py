@@ -29,7 +29,7 @@ def run(job: dict[str, Any], memory: Path | None = None, **environment: str) -> 
     Args:
         job: ``model``, ``options`` of ``vllm.LLM``, ``batches`` of prompts (token ids), ``tokens``
             to write for each; ``refused`` where the engine is not to start: then there is an
-            ``error`` instead of answers.
+            ``error`` instead of answers; ``piecewise``: see ``_compile_in_pieces``.
         memory: given to the engine in the environment.
         environment: more of it.
     """
@@ -57,6 +57,9 @@ def run(job: dict[str, Any], memory: Path | None = None, **environment: str) -> 
 def _main() -> dict[str, Any]:
     job = json.loads(sys.stdin.read())
     from vllm import LLM, SamplingParams
+
+    if job.get("piecewise"):
+        _compile_in_pieces()
 
     options = {
         "dtype": "float32",
@@ -99,6 +102,24 @@ def _main() -> dict[str, Any]:
         "preemptions": counters["vllm:num_preemptions"],
         "accepted": counters.get("vllm:spec_decode_num_accepted_tokens"),
     }
+
+
+def _compile_in_pieces() -> None:
+    """Have vLLM compile on a CPU as it does on a GPU, but for what only a GPU's build has."""
+    from vllm.compilation.passes.utility.fix_functionalization import FixFunctionalizationPass
+    from vllm.config import CompilationMode
+    from vllm.platforms.cpu import CpuPlatform
+
+    check = CpuPlatform.check_and_update_config.__func__
+
+    def checked(cls: Any, config: Any) -> None:
+        check(cls, config)
+        compilation = config.compilation_config
+        compilation.mode, compilation.backend = CompilationMode.VLLM_COMPILE, "inductor"
+        compilation.compile_sizes = []
+
+    CpuPlatform.check_and_update_config = classmethod(checked)
+    FixFunctionalizationPass.__call__ = lambda self, graph: None
 
 
 if __name__ == "__main__":
