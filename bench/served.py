@@ -21,6 +21,7 @@ import typer
 
 from wise_ext.cli import console
 from wise_ext.editing.prompts import neutral_prompts
+from wise_ext.integrations.vllm.admission import ADMISSION
 from wise_ext.storage import load_memory_dir
 
 _COLUMNS = ("what", "requests", "over bare", "p20-p80", "bare CPU s")
@@ -94,6 +95,10 @@ def seconds(engine_: Any, prompts: list[list[int]], tokens: int) -> float:
     """CPU seconds of one batch of requests, their routing included."""
     from vllm import SamplingParams
 
+    executor = engine_.llm_engine.engine_core.engine_core.model_executor
+    admission = getattr(executor, ADMISSION, None)
+    if admission is not None:
+        admission.forget()  # prompts of an earlier round
     wanted = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
     given = [{"prompt_token_ids": prompt} for prompt in prompts]
     begin = time.process_time()

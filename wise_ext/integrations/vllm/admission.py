@@ -11,6 +11,9 @@ from wise_ext.integrations.vllm.prompts import PromptRouter
 from wise_ext.integrations.vllm.requests import MAIN_ROUTE, marked, salted
 from wise_ext.storage import StoredMemory
 
+#: Under which attribute an executor keeps its own.
+ADMISSION = "_wise_ext_admission"
+
 logger = logging.getLogger("vllm.plugins.wise_ext")
 
 
@@ -30,6 +33,10 @@ class Admission:
         self._router = PromptRouter(stored, config)
         self._checksum = stored.checksum
         self._told = False
+
+    def forget(self) -> None:
+        """Decide anew about prompts that were seen before."""
+        self._router.forget()
 
     def admit(self, request: Any) -> Any:
         """A copy of an ``EngineCoreRequest`` with its route, and with a salt of its own for the

@@ -17,14 +17,13 @@ from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor.abstract import Executor
 from vllm.v1.worker.worker_base import WorkerWrapperBase
 
-from wise_ext.integrations.vllm.admission import Admission
+from wise_ext.integrations.vllm.admission import ADMISSION, Admission
 from wise_ext.integrations.vllm.settings import serve, served_here
 from wise_ext.integrations.vllm.worker import attach
 
 # Below vLLM's own logger, so that lines come out where its lines do.
 logger = logging.getLogger("vllm.plugins.wise_ext")
 
-_ADMISSION = "_wise_ext_admission"
 _INSTALLED = "_wise_ext_installed"
 
 
@@ -51,13 +50,13 @@ def _wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
 def _begin(original: Callable[..., Any], self: Any, vllm_config: Any) -> None:
     served = serve(vllm_config)
     if served is not None:
-        setattr(self, _ADMISSION, Admission(served.stored, vllm_config.model_config))
+        setattr(self, ADMISSION, Admission(served.stored, vllm_config.model_config))
         logger.info("wise-ext serves %s", served.summary)
     original(self, vllm_config)
 
 
 def _admit(original: Callable[..., Any], self: Any, request: Any) -> Any:
-    admission: Admission | None = getattr(self.model_executor, _ADMISSION, None)
+    admission: Admission | None = getattr(self.model_executor, ADMISSION, None)
     return original(self, request if admission is None else admission.admit(request))
 
 

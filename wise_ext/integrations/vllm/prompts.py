@@ -66,6 +66,10 @@ class PromptRouter:
         """The route of a prompt, given as token ids."""
         return self._found(tuple(prompt)) if prompt else MAIN_ROUTE
 
+    def forget(self) -> None:
+        """Decide anew about prompts that were seen before."""
+        self._found.cache_clear()
+
     def _decide(self, prompt: tuple[int, ...]) -> RequestRoute:
         decision = decide_routes(self._model, torch.tensor([prompt]))
         return RequestRoute(int(decision.route), int(decision.cue))
