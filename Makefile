@@ -2,6 +2,7 @@
 # make test   everything that can be shown without a GPU
 # make gpu    what needs one, then the benches; make gpu RUN=python3 takes an environment that is there
 # make asan   the tests of the ops again, on modules that carry AddressSanitizer
+# make vllm   the tests of the vLLM plugin, in an environment of their own (3.7 GB)
 # make build  after a change in csrc/ or kernels/: compiles what changed, into the source tree
 PYTHON ?= python3
 VENV ?= .venv
@@ -28,7 +29,7 @@ ON_KERNELS := $(addprefix tests/ops/,test_errors.py test_low_rank.py test_max_si
 	$(addprefix tests/cuda/,test_arithmetic.py test_emulator.py test_pack.py test_schedules.py)
 ADDRESS := build/address
 
-.PHONY: demo test gpu asan lint format build clean
+.PHONY: demo test gpu asan vllm lint format build clean
 
 demo: $(BUILT)
 	$(BIN)/wise-ext demo
@@ -58,6 +59,11 @@ asan: $(INSTALLED)
 		WISE_EMULATED="$$(echo build/address-*/cpu/_emulated*.so)" \
 		$(BIN)/python -m pytest -p tests.sanitized $(ON_KERNELS)
 
+# vLLM brings its own versions of torch and transformers.
+vllm: $(BUILT)
+	test -d .venv-vllm || sh tests/integrations/vllm_environment.sh .venv-vllm $(PYTHON)
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests/integrations/test_vllm.py
+
 lint: $(BUILT)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -74,7 +80,7 @@ build: $(INSTALLED)
 	@touch $(BUILT)
 
 clean:
-	rm -rf build dist $(VENV) wise_ext/_C*.so wise_ext/_build_info.json
+	rm -rf build dist $(VENV) .venv-vllm wise_ext/_C*.so wise_ext/_build_info.json
 	rm -rf *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -prune -exec rm -rf {} +
 

@@ -75,6 +75,7 @@ def _run(load: Any, folder: Path, told: list[Edit] = TOLD, **how: Any) -> Editor
     return editor
 
 
+@pytest.mark.engine("Ray", "edit, to the same bytes")
 def test_on_the_cluster_to_the_same_bytes(cluster: None, load: Any, tmp_path: Path) -> None:
     """Short edits with a guest and an open part, then passages, then short ones again."""
     for name in ("here", "there"):
@@ -87,6 +88,7 @@ def test_on_the_cluster_to_the_same_bytes(cluster: None, load: Any, tmp_path: Pa
     assert all(check.ok for check in verify(tmp_path / "there"))
 
 
+@pytest.mark.engine("Ray", "a worker killed")
 def test_a_killed_worker_costs_nothing_but_time(cluster: None, load: Any, tmp_path: Path) -> None:
     _run(load, tmp_path / "here")
     killed: list[int] = []
@@ -152,6 +154,7 @@ ray_editing.edit(editor, TOLD, load, progress=False, workers=2)
 """
 
 
+@pytest.mark.engine("Ray", "the driver killed, and resumed")
 def test_a_killed_driver_goes_on_with_and_without_a_cluster(
     cluster: None, load: Any, model_dir: Path, tmp_path: Path
 ) -> None:
