@@ -84,7 +84,7 @@ def test_mixed_batches_in_chunks_with_prefix_caching(served: Served) -> None:
         assert ids_of(batch) == served.written(rows, TOKENS)
     # Two blocks of 32 tokens are common to all of them; each route has its own.
     assert [batch[0]["cached"] for batch in answers["batches"][:5]] == [0, 0, 0, 64, 64]
-    assert "wise-ext serves 4 edits in 4 shards" in answers["log"]
+    assert "wise-ext serves 4 edits (shards=4)" in answers["log"]
 
 
 def test_other_requests_are_bit_equal_to_a_server_without_the_plugin(served: Served) -> None:

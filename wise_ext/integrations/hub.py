@@ -102,9 +102,9 @@ def memory_card(stored: StoredMemory, name: str, report: Mapping[str, Any] | Non
     base = str(stored.base.get("name"))
     parts = [
         "# Edits of a language model\n",
-        f"A [wise-ext](https://pypi.org/project/wise-ext/) memory: {len(stored.ledger)} edits in "
-        f"{len(memory.shards)} shards beside `{memory.layer}`, found by the {memory.routing} "
-        f"router. The base model's weights are not part of it.\n\n{base_line(stored.base)}",
+        f"A wise-ext memory of {len(stored.ledger)} edits (shards: {len(memory.shards)}) beside "
+        f"`{memory.layer}`, found by the {memory.routing} router. The base model's weights are not "
+        f"part of it.\n\n{base_line(stored.base)}",
         f"```\nwise-ext pull {name} my-edits\n"
         f'wise-ext generate {base} --memory my-edits --prompt "…" --show-route\n```\n',
     ]

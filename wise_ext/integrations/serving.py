@@ -7,6 +7,7 @@ its first memory, ``NAME:MEMORY`` with that one, ``NAME:unedited`` without any.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -121,6 +122,8 @@ def run_server(
         batching=batching_of(model, cache_tokens, pass_tokens),
         manage=manage,
     )
+    # They say every request.
+    logging.getLogger("transformers.cli.serving").setLevel(logging.ERROR)
     uvicorn.run(app, host=host, port=port, log_level="warning")
 
 

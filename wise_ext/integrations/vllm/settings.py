@@ -45,7 +45,7 @@ class Served:
         """One line for the log."""
         memory = self.stored.memory
         edits, shards = len(memory.edit_ids), len(memory.shards)
-        return f"{edits} edits in {shards} shards at '{memory.layer}', from {self.directory}"
+        return f"{edits} edits ({shards=}) at '{memory.layer}', from {self.directory}"
 
 
 def memory_directory(additional: Any, environment: Mapping[str, str]) -> Path | None:
