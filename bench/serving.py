@@ -3,7 +3,8 @@
 Two servers run beside each other, one with the memory and one without any. First one client asks
 everything once; then all clients ask together, questions of the memory's edits and unrelated ones
 mixed, and every answer has to be the one that a client got alone. Servers take turns; a row a
-server holds the percentiles of what a request took, and how many tokens a second all clients got.
+server holds the percentiles of what a request took, of all and of those that both answer alike (the
+others are longer at one of them), and how many tokens a second all clients got.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
@@ -32,6 +33,14 @@ RESULTS = Path(__file__).with_name("results") / "serving.jsonl"
 _STARTS_WITHIN = 180
 
 
+class Answer(NamedTuple):
+    """A text, how many tokens it has, and the seconds that it took."""
+
+    text: str
+    tokens: int
+    seconds: float
+
+
 @dataclass
 class Endpoint:
     """A running server, what it is called here, and a client of it."""
@@ -41,13 +50,14 @@ class Endpoint:
     model: str
     new_tokens: int
 
-    def ask(self, prompt: str) -> tuple[str, float]:
-        """An answer and the seconds it took."""
+    def ask(self, prompt: str) -> Answer:
+        """Ask once, and look at the clock."""
         start = time.perf_counter()
         answer = self.client.completions.create(
             model=self.model, prompt=prompt, max_tokens=self.new_tokens, temperature=0.0
         )
-        return str(answer.choices[0].text), time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        return Answer(str(answer.choices[0].text), answer.usage.completion_tokens, seconds)
 
 
 @contextmanager
@@ -85,8 +95,10 @@ def measure(
     Raises:
         WiseError: an answer is another one than a client got alone.
     """
-    alone = {one.name: {prompt: one.ask(prompt)[0] for prompt in prompts} for one in endpoints}
-    taken: dict[str, list[float]] = {one.name: [] for one in endpoints}
+    alone = {one.name: {prompt: one.ask(prompt).text for prompt in prompts} for one in endpoints}
+    first = alone[endpoints[0].name]
+    alike = {p for p in prompts if all(texts[p] == first[p] for texts in alone.values())}
+    taken: dict[str, list[tuple[str, Answer]]] = {one.name: [] for one in endpoints}
     seconds = dict.fromkeys(taken, 0.0)
     draw = random.Random(seed)
     for number in range(rounds):
@@ -97,29 +109,30 @@ def measure(
             with ThreadPoolExecutor(clients) as pool:
                 answers = list(pool.map(one.ask, order))
             seconds[one.name] += time.perf_counter() - start
-            for prompt, (text, _) in zip(order, answers, strict=True):
-                if text != alone[one.name][prompt]:
-                    raise WiseError(f"{one.name} answers {prompt!r} differently in company: {text}")
-            taken[one.name] += [spent for _, spent in answers]
-    changed = [
-        sum(alone[one.name][p] != alone[endpoints[0].name][p] for p in prompts) for one in endpoints
-    ]
+            for prompt, answer in zip(order, answers, strict=True):
+                if answer.text != alone[one.name][prompt]:
+                    raise WiseError(
+                        f"{one.name} answers {prompt!r} differently in company: {answer.text}"
+                    )
+            taken[one.name] += zip(order, answers, strict=True)
     return [
         {
-            "server": one.name,
+            "server": name,
             "clients": clients,
-            "requests": len(taken[one.name]),
-            "answers_unlike_the_first": differing,
-            "latency_seconds": {p: _percentile(taken[one.name], p) for p in (50, 90, 99)},
-            "requests_a_second": len(taken[one.name]) / seconds[one.name],
+            "requests": len(answered),
+            "alike": len(alike) / len(prompts),
+            "latency_seconds": _percentiles([a.seconds for _, a in answered]),
+            "latency_seconds_alike": _percentiles([a.seconds for p, a in answered if p in alike]),
+            "tokens_a_second": sum(answer.tokens for _, answer in answered) / seconds[name],
         }
-        for one, differing in zip(endpoints, changed, strict=True)
+        for name, answered in taken.items()
     ]
 
 
-def _percentile(values: Sequence[float], percent: int) -> float:
+def _percentiles(values: Sequence[float]) -> dict[int, float]:
     ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, len(ordered) * percent // 100)]
+    last = len(ordered) - 1
+    return {p: ordered[min(last, len(ordered) * p // 100)] for p in (50, 90, 99) if ordered}
 
 
 def main(
@@ -157,8 +170,10 @@ def main(
         raise typer.Exit(1) from None
     for row in found:
         console.say(
-            f"{row['server']}: {row['requests_a_second']:.2f} requests/s, seconds at 50/90/99 % "
+            f"{row['server']}: {row['tokens_a_second']:.1f} tokens/s, seconds at 50/90/99 % "
             + " / ".join(f"{value:.2f}" for value in row["latency_seconds"].values())
+            + ", where both answer alike "
+            + " / ".join(f"{value:.2f}" for value in row["latency_seconds_alike"].values())
         )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from bench.serving import Endpoint, measure, served
+from bench.serving import Answer, Endpoint, measure, served
 from wise_ext.errors import WiseError
 
 
@@ -16,9 +16,9 @@ class Scripted(Endpoint):
 
     script: dict[str, list[str]] = field(default_factory=dict)
 
-    def ask(self, prompt: str) -> tuple[str, float]:
+    def ask(self, prompt: str) -> Answer:
         told = self.script.get(prompt)
-        return (told.pop(0) if told else prompt), 0.25
+        return Answer(told.pop(0) if told else prompt, 3, 1.0 if prompt == "a" else 0.25)
 
 
 def endpoint(name: str, **script: list[str]) -> Scripted:
@@ -30,8 +30,10 @@ def test_rows_of_both_servers() -> None:
     rows = measure([plain, edited], ["a", "b", "c"], clients=2, rounds=6, seed=0)
     assert [row["server"] for row in rows] == ["plain", "edited"]
     assert [row["requests"] for row in rows] == [18, 18]
-    assert [row["answers_unlike_the_first"] for row in rows] == [0, 1]
-    assert rows[0]["latency_seconds"] == {50: 0.25, 90: 0.25, 99: 0.25}
+    for row in rows:
+        assert row["alike"] == 2 / 3 and row["tokens_a_second"] > 0
+        assert row["latency_seconds"] == {50: 0.25, 90: 1.0, 99: 1.0}
+        assert row["latency_seconds_alike"] == {50: 0.25, 90: 0.25, 99: 0.25}
 
 
 def test_another_answer_in_company_is_an_error() -> None:
