@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import ContinuousBatchingConfig
+from transformers.generation.continuous_batching.requests import RequestState
 from transformers.generation.continuous_batching.utils import CudaGraphBuffer
 
 from wise_ext.errors import ModelError
@@ -41,16 +42,15 @@ class Served:
         """What `generate` writes for each by itself."""
         settings = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
         return [
-            self.model.generate(torch.tensor([row]), **settings, **options)[0, len(row) :].tolist()
+            self.model.generate(torch.tensor([row]), **(settings | options))[0, len(row) :].tolist()
             for row in self.requests
         ]
 
-    def together(self, config: dict[str, Any], **options: Any) -> list[list[int]]:
+    def together(self, config: dict[str, Any], new: int = NEW) -> list[list[int]]:
         found = self.model.generate_batch(
             self.requests,
-            max_new_tokens=NEW,
+            max_new_tokens=new,
             continuous_batching_config=ContinuousBatchingConfig(**config),
-            **options,
         )
         assert all(one.error is None for one in found.values()), found
         return [one.generated_tokens for one in found.values()]
@@ -119,6 +119,39 @@ def test_several_answers_a_request(lab: SimpleNamespace) -> None:
     for key, value in {"do_sample": True, "temperature": 1e-4, "num_return_sequences": 3}.items():
         setattr(served.model.generation_config, key, value)
     assert served.together(ROOMY) == [one for one in expected for _ in range(3)]
+
+
+@pytest.mark.engine("transformers continuous batching", "requests put aside for want of room")
+@pytest.mark.parametrize("children", [1, 2])
+def test_requests_that_begin_anew_keep_their_memory(
+    children: int, lab: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache holds two or three requests: others are thrown out and begin again, children too.
+    They name the second memory, so that one that forgets is not answered by the first."""
+    served = Served(lab, "llama", "sdpa")
+    other = lab.key_memory(lab.make_model("llama"), served.known, served.layer, scale=3.0)
+    other.shards.reverse()
+    patch(served.model, other, name="other")
+    served.requests = [served.requests[3], served.requests[4]] * 3
+    expected = served.alone(memory="other", max_new_tokens=20, min_new_tokens=20)
+    assert expected != served.alone(max_new_tokens=20, min_new_tokens=20)
+    begun: list[str] = []
+    original = RequestState.create_equivalent_initial_request
+
+    def anew(state: RequestState) -> RequestState:
+        begun.append(state.request_id)
+        return original(state)
+
+    monkeypatch.setattr(RequestState, "create_equivalent_initial_request", anew)
+    if children > 1:
+        settings = {"do_sample": True, "temperature": 1e-4, "num_return_sequences": children}
+        for key, value in settings.items():
+            setattr(served.model.generation_config, key, value)
+    small = {"num_blocks": 20, "max_batch_tokens": 16, "page_size": 4}
+    with use_memory(served.model, "other"):
+        found = served.together(small, new=20)
+    assert begun, "the cache was large enough for all"
+    assert found == [one for one in expected for _ in range(children)]
 
 
 @pytest.mark.engine("transformers continuous batching", "a memory for each request")

@@ -21,7 +21,7 @@ from wise_ext.errors import ModelError
 from wise_ext.memory import MAIN, NO_CUE, Decision, uncued
 from wise_ext.models.installed import Installed, Patch, installed_in, memories_of
 from wise_ext.models.routing import Epoch
-from wise_ext.models.scopes import choose, chosen, unchoose, use_memory
+from wise_ext.models.scopes import UNSAID, choose, chosen, unchoose, use_memory
 
 # What a request carries: the name of its memory, its place in that, and whether any of it was ever
 # computed beside main memory.
@@ -29,7 +29,6 @@ _MEMORY = "_wise_ext_memory"
 _PLACE = "_wise_ext_place"
 _APART = "_wise_ext_apart"
 _EQUIPPED = "_wise_ext_equipped"
-_FIRST = object()
 # Prompts are routed together up to this many tokens, pads included.
 _TOKENS_AT_ONCE = 8192
 
@@ -67,9 +66,9 @@ def _equip(manager: Any, model: Any) -> None:
     create, waiting = manager._create_batch_processor, manager.input_queue
 
     @functools.wraps(add_request)
-    def add_one(input_ids: Sequence[int], *args: Any, memory: Any = _FIRST, **kwargs: Any) -> Any:
-        if memory is _FIRST:
-            memory = chosen(model, _FIRST)
+    def add_one(input_ids: Sequence[int], *args: Any, memory: Any = UNSAID, **kwargs: Any) -> Any:
+        if memory is UNSAID:
+            memory = chosen(model)
         if isinstance(memory, list | tuple):
             raise ModelError(f"{len(memory)} names of memories for one request")
         with _choosing(model, memory):
@@ -77,8 +76,8 @@ def _equip(manager: Any, model: Any) -> None:
 
     @functools.wraps(add_requests)
     def add_many(inputs: Sequence[Sequence[int]], *args: Any, **kwargs: Any) -> Any:
-        memory = kwargs.pop("memory", chosen(model, _FIRST))
-        if memory is _FIRST or memory is None or isinstance(memory, str):
+        memory = kwargs.pop("memory", chosen(model))
+        if memory is UNSAID or memory is None or isinstance(memory, str):
             with _choosing(model, memory):
                 return add_requests(inputs, *args, **kwargs)
         if len(memory) != len(inputs):
@@ -105,7 +104,8 @@ def _equip(manager: Any, model: Any) -> None:
 
         @functools.wraps(put)
         def put_named(state: Any, *args: Any, **kwargs: Any) -> None:
-            setattr(state, _MEMORY, chosen(model, _first(model)))
+            memory = chosen(model)
+            setattr(state, _MEMORY, _first(model) if memory is UNSAID else memory)
             put(state, *args, **kwargs)
 
         waiting.put = put_named
@@ -131,7 +131,13 @@ class Requests:
         self._buffers: dict[tuple[str, int], Decision] = {}
         cache = processor.cache
         schedule, inputs = scheduler.schedule_batch, self._io.get_model_kwargs
+        add = scheduler.add_waiting_request
         match, register = cache.search_prefix_match, cache.mark_complete_blocks
+
+        @functools.wraps(add)
+        def add_waiting_request(state: Any) -> None:
+            self._inherit(state)
+            add(state)
 
         @functools.wraps(schedule)
         def schedule_batch(*args: Any, **kwargs: Any) -> Any:
@@ -155,11 +161,21 @@ class Requests:
         def mark_complete_blocks(state: Any, *args: Any, **kwargs: Any) -> Any:
             return None if getattr(state, _APART, True) else register(state, *args, **kwargs)
 
+        scheduler.add_waiting_request = add_waiting_request
         scheduler.schedule_batch = schedule_batch
         self._io.get_model_kwargs = get_model_kwargs
         cache.search_prefix_match = search_prefix_match
         cache.mark_complete_blocks = mark_complete_blocks
         setattr(processor, _EQUIPPED, self)
+
+    def _inherit(self, state: Any) -> None:
+        """A request that begins anew, for want of room, or a child that does, is made afresh."""
+        if not hasattr(state, _MEMORY):
+            parent = state.request_id.rpartition("__child#")[0]
+            old = self._known.get(state.request_id) or self._known.get(parent)
+            for name in (_MEMORY, _PLACE, _APART):
+                if hasattr(old, name):
+                    setattr(state, name, getattr(old, name))
 
     def route(self, states: Sequence[Any]) -> None:
         """Find out where requests go that have no place yet, or one in a memory that has since
@@ -255,7 +271,7 @@ class Requests:
 @contextmanager
 def _choosing(model: Any, memory: Any) -> Iterator[None]:
     """Within the block added requests use this memory."""
-    if memory is _FIRST:
+    if memory is UNSAID:
         yield
         return
     if memory is not None:

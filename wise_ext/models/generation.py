@@ -11,9 +11,7 @@ from torch import Tensor
 
 from wise_ext.models.installed import installed_in
 from wise_ext.models.routing import Routing
-from wise_ext.models.scopes import chosen, use_memory
-
-_FIRST = object()
+from wise_ext.models.scopes import UNSAID, chosen, use_memory
 
 
 def wrap_generate(model: Any) -> Callable[..., Any]:
@@ -27,17 +25,17 @@ def wrap_generate(model: Any) -> Callable[..., Any]:
     original = model.generate
 
     @functools.wraps(original)
-    def generate(*args: Any, memory: Any = _FIRST, **kwargs: Any) -> Any:
+    def generate(*args: Any, memory: Any = UNSAID, **kwargs: Any) -> Any:
         cache = kwargs.get("past_key_values")
         ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
         prompt = kwargs.get("inputs_embeds") if ids is None else ids
         width = int(prompt.shape[1]) if isinstance(prompt, Tensor) else None
         with ExitStack() as stack:
-            if memory is _FIRST:
-                memory = chosen(model, _FIRST)
+            if memory is UNSAID:
+                memory = chosen(model)
             # A call that waited for its turn may find the memories gone.
             installed = installed_in(model)
-            if memory is not _FIRST and not (memory is None and installed is None):
+            if memory is not UNSAID and not (memory is None and installed is None):
                 stack.enter_context(use_memory(model, memory))
             for patch in installed.patches.values() if installed is not None else ():
                 routing = patch.routing

@@ -18,15 +18,18 @@ from wise_ext.models.installed import Patch, memories_of, patch_of
 #: A memory's name, or None for the unedited model; or one of these a row or request.
 Choice: TypeAlias = str | Sequence[str | None] | None
 
+#: In the place of a choice: none was made, and the first memory is used.
+UNSAID: Any = object()
 # By model, which memories the work begun in this context uses.
 _CHOSEN: ContextVar[Mapping[int, Choice]] = ContextVar(
     "wise_ext_memories", default=MappingProxyType({})
 )
 
 
-def chosen(model: nn.Module, default: Any) -> Any:
-    """What was chosen for a model in this context (a thread's or an asynchronous task's)."""
-    return _CHOSEN.get().get(id(model), default)
+def chosen(model: nn.Module) -> Any:
+    """What was chosen for a model in this context (a thread's or an asynchronous task's), a
+    `Choice` or `UNSAID`."""
+    return _CHOSEN.get().get(id(model), UNSAID)
 
 
 def choose(model: nn.Module, memory: Choice) -> Token[Mapping[int, Choice]]:
