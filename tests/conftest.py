@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests.tiny_models import architecture, lab, model_dir
+from tests.tiny_models import architecture, bare, lab, model_dir, tokenizer
 
-__all__ = ["architecture", "lab", "model_dir"]
+__all__ = ["architecture", "bare", "lab", "model_dir", "tokenizer"]
 
 pytest_plugins = ["tests.outcomes"]
 

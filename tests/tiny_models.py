@@ -12,7 +12,13 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from wise_ext.editing.edits import demo_edits
 from wise_ext.editing.prompts import neutral_prompts
@@ -249,3 +255,15 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def tokenizer(model_dir: Path) -> Any:
+    """The tokenizer of the model on disk."""
+    return AutoTokenizer.from_pretrained(model_dir)
+
+
+@pytest.fixture
+def bare(model_dir: Path) -> Any:
+    """The model on disk, unpatched."""
+    return AutoModelForCausalLM.from_pretrained(model_dir).eval()

@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.evaluation.facts import KNOWN
 from wise_ext.editing.prompts import encode_prompt
 from wise_ext.models import patch
-
-
-@pytest.fixture
-def tokenizer(model_dir: Path) -> Any:
-    return AutoTokenizer.from_pretrained(model_dir)
-
-
-@pytest.fixture
-def bare(model_dir: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(model_dir).eval()
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
+from tests.integrations.served import Served
 from wise_ext.cli.app import app
 from wise_ext.editing.config import WiseConfig
 from wise_ext.editing.edits import Edit, demo_edits
@@ -28,16 +28,6 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     monkeypatch.setenv("COLUMNS", "300")
     monkeypatch.setenv("NO_COLOR", "1")
     return lambda *args: CliRunner().invoke(app, [str(arg) for arg in args])
-
-
-@pytest.fixture
-def tokenizer(model_dir: Path) -> Any:
-    return AutoTokenizer.from_pretrained(model_dir)
-
-
-@pytest.fixture
-def bare(model_dir: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(model_dir).eval()
 
 
 @pytest.fixture
@@ -96,3 +86,8 @@ def _renamed(memory: SideMemory, facts: list[Edit]) -> SideMemory:
         shard.edit_ids[:] = [fact.id]
     memory.key_index.ids[:] = [fact.id for fact in facts]
     return memory
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
+    return Served(tmp_path_factory.mktemp("served"))

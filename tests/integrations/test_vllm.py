@@ -53,11 +53,6 @@ TOKENS = 12
 CHUNK = {"max_num_batched_tokens": 16, "max_num_seqs": 4}
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
-    return Served(tmp_path_factory.mktemp("served"))
-
-
 def ids_of(batch: list[dict[str, Any]]) -> list[list[int]]:
     return [answer["ids"] for answer in batch]
 
