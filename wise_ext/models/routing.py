@@ -251,11 +251,13 @@ class Routing:
                 "continuous batching was set up before the side memory was loaded: make another "
                 "manager (model.destroy_cached_continuous_batching_manager() ends a kept one)"
             )
-        on_cpu = packed.route.device.type == "cpu" and not torch.compiler.is_compiling()
-        if on_cpu and not bool((packed.route >= 0).any()):
-            self.state.settle(Course(packed, None))
-        else:
+        if torch.compiler.is_compiling():
             self.state.settle(self.course(packed))
+            return
+        # One look, before the cues of all tokens are made for nothing.
+        glance = Glance(packed.route)
+        course = self.course(packed) if glance.routed() else Course(packed, None)
+        self.state.settle(course, glance)
 
     def _uses_cache(self, inputs: dict[str, Any]) -> bool:
         wanted = inputs.get("use_cache")
