@@ -2,7 +2,7 @@
 # make test   everything that can be shown without a GPU
 # make gpu    what needs one, then the benches; make gpu RUN=python3 takes an environment that is there
 # make asan   the tests of the ops again, on modules that carry AddressSanitizer
-# make vllm   the tests of the vLLM plugin, in an environment of their own (3.7 GB)
+# make vllm   the last part of make test: the plugin in a vLLM, in an environment of its own (3.8 GB)
 # make build  after a change in csrc/ or kernels/: compiles what changed, into the source tree
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,6 +12,9 @@ BUILT := $(VENV)/.built
 EMULATED := $(VENV)/.emulated
 PIP := $(BIN)/python -m pip
 RUN ?= $(BIN)/python
+# vLLM brings its own version of transformers; what runs on a CPU is there for Linux alone.
+VLLM := .venv-vllm
+VLLM_INSTALLED := $(if $(filter Linux,$(shell uname -s)),$(VLLM)/.installed)
 # One thread a process: small models gain nothing from more.
 PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist loadfile
 
@@ -38,6 +41,7 @@ demo: $(BUILT)
 test: lint $(EMULATED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PYTEST_ARGS) $(ON_TRITON)
+	$(MAKE) vllm
 
 gpu: $(if $(filter $(BIN)/python,$(RUN)),$(BUILT))
 	WISE_TEST_DEVICE=cuda $(RUN) -m pytest tests/gpu tests/ops tests/triton/test_train_launches.py
@@ -59,10 +63,9 @@ asan: $(INSTALLED)
 		WISE_EMULATED="$$(echo build/address-*/cpu/_emulated*.so)" \
 		$(BIN)/python -m pytest -p tests.sanitized $(ON_KERNELS)
 
-# vLLM brings its own versions of torch and transformers.
-vllm: $(BUILT)
-	test -d .venv-vllm || sh tests/integrations/vllm_environment.sh .venv-vllm $(PYTHON)
-	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests/integrations/test_vllm.py
+vllm: $(BUILT) $(VLLM_INSTALLED)
+	$(if $(VLLM_INSTALLED),OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -n 2 \
+		tests/integrations/test_vllm.py,@echo "not run: vLLM's tests, which need Linux")
 
 lint: $(BUILT)
 	$(BIN)/ruff check .
@@ -80,7 +83,7 @@ build: $(INSTALLED)
 	@touch $(BUILT)
 
 clean:
-	rm -rf build dist $(VENV) .venv-vllm wise_ext/_C*.so wise_ext/_build_info.json
+	rm -rf build dist $(VENV) $(VLLM) wise_ext/_C*.so wise_ext/_build_info.json
 	rm -rf *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
@@ -107,4 +110,9 @@ $(BUILT): $(INSTALLED) setup.py CMakeLists.txt wise_ext/_build_plan.py $(NATIVE)
 # The CUDA kernels on the emulator: for the tests alone, built beside the module and not installed.
 $(EMULATED): $(BUILT) $(EMULATOR) tests/emulator/CMakeLists.txt
 	WISE_TESTING=1 $(BIN)/python setup.py build_ext --inplace
+	@touch $@
+
+$(VLLM)/.installed: tests/integrations/vllm_environment.sh pyproject.toml
+	rm -rf $(VLLM)
+	sh tests/integrations/vllm_environment.sh $(VLLM) $(PYTHON)
 	@touch $@

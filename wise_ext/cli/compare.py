@@ -22,6 +22,7 @@ from .choices import (
 )
 from .console import note, table
 from .files import check_file
+from .settings import settings_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -96,7 +97,7 @@ def compare(
     what = Comparing(
         methods=(*([UNEDITED] if unedited else []), *names),
         regime=regime.value,
-        settings=_settings(settings or []),
+        settings=_by_method(settings),
         chat=chat,
         similarity=similarity,
         sub_questions=sub_questions,
@@ -140,24 +141,17 @@ def _surroundings(network: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def _settings(given: list[str]) -> dict[str, dict[str, Any]]:
+def _by_method(given: list[str] | None) -> dict[str, dict[str, Any]]:
     """Settings by method.
 
     Raises:
         ConfigError: one is not METHOD.NAME=JSON.
     """
-    from ..errors import ConfigError
-
     settings: dict[str, dict[str, Any]] = {}
-    for text in given:
-        place, _, value = text.partition("=")
+    form = "METHOD.NAME=JSON, for example ft-l.steps=50"
+    for place, value in settings_of(given, form).items():
         method, _, name = place.partition(".")
-        try:
-            settings.setdefault(method, {})[name] = json.loads(value)
-        except json.JSONDecodeError:
-            raise ConfigError(
-                f"--set {text}: write METHOD.NAME=JSON, for example ft-l.steps=50"
-            ) from None
+        settings.setdefault(method, {})[name] = value
     return settings
 
 

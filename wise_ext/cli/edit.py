@@ -29,10 +29,14 @@ from .choices import (
 from .clusters import connected, loader, trainer
 from .console import note, number_of, say, size_name
 from .files import check_file, check_folder, write_json
+from .settings import settings_of
 from .weights import edit_weights
 
 if TYPE_CHECKING:
     from ..editing.ledger import EditReport
+
+# What names of AnyEdit's own settings begin with.
+_OWN = "anyedit."
 
 
 def edit(
@@ -99,6 +103,14 @@ def edit(
     chat: Annotated[
         bool, typer.Option("--chat", help="Put prompts into the model's chat template.")
     ] = False,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=JSON",
+            help="Another setting of the method (AnyEdit's own: anyedit.NAME); may be repeated.",
+        ),
+    ] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: Annotated[int, typer.Option("--seed", help="Same seed, same bytes.")] = 0,
@@ -133,41 +145,42 @@ def edit(
     from ..editing.ledger import METHODS as SIDE
     from ..errors import ConfigError
 
-    chosen: dict[str, Any] = {
-        "variant": variant and variant.value,
-        "batch_size": batch_size,
-        "shard_size": shard_size,
-        "router": router and router.value,
-        "chat_template": chat or None,
-        "stored": stored.value,
-    }
-    block: int | str = int(layer) if layer.isdecimal() else layer
-    config = WiseConfig.preset(
-        preset.value,
-        layer=block,
-        seed=seed,
-        **{name: value for name, value in chosen.items() if value is not None},
-    )
     how = method.value if method else method_for(records)
     if (into or _place(how)) != _place(how):
         raise ConfigError(
             f"--into {into}: {how} edits "
             + ("a side memory: anyedit-alphaedit is for the weights" if how in SIDE else "weights")
         )
-    cut = {"chunks": chunks and chunks.value, "window": window}
-    cut = {name: value for name, value in cut.items() if value is not None}
+    cut = _given(chunks=chunks and chunks.value, window=window)
     if cut and how != ANYEDIT:
         raise ConfigError(f"--{next(iter(cut))} is of --method anyedit: these edits are for wise")
-    if how not in SIDE:
-        of_side = {name: chosen[name] for name in chosen if name not in ("chat_template", "stored")}
-        of_side |= {"stored": stored is not StoredKind.exact, "resume": resume}
-        of_side |= {"ray": ray, "ray-workers": ray_workers}
-        if given := [name.replace("_", "-") for name, value in of_side.items() if value]:
-            raise ConfigError(f"--{given[0]} is of a side memory: {how} edits the weights")
+    block: int | str = int(layer) if layer.isdecimal() else layer
+    chosen: dict[str, Any] = {"layer": block}
+    of_side = _given(
+        variant=variant and variant.value,
+        batch_size=batch_size,
+        shard_size=shard_size,
+        router=router and router.value,
+        stored=None if stored is StoredKind.exact else stored.value,
+    )
+    more = settings_of(settings, "NAME=JSON, for example cue=0")
+    if how in SIDE:
+        own = {name: more.pop(name) for name in [*more] if name.startswith(_OWN)}
+        cut |= {name.removeprefix(_OWN): value for name, value in own.items()}
+        if own and how != ANYEDIT:
+            raise ConfigError(f"--set {next(iter(own))} is of --method anyedit: leave it out")
+        chosen |= {"seed": seed} | _given(chat_template=chat or None) | of_side
+        config = WiseConfig.preset(preset.value, **chosen | more)
+        passages = AnyEditConfig.preset(preset.value, **cut) if how == ANYEDIT else None
+    else:
+        of_side |= _given(resume=resume or None, ray=ray, ray_workers=ray_workers)
+        if of_side:
+            name = next(iter(of_side)).replace("_", "-")
+            raise ConfigError(f"--{name} is of a side memory: {how} edits the weights")
+        chosen |= {"chat": chat} | more
         from ..storage import check_new
 
         check_new(out)
-    passages = AnyEditConfig.preset(preset.value, **cut) if how == ANYEDIT else None
 
     from ..editing.editor import Editor
     from ..editing.progress import progress_bar
@@ -176,7 +189,7 @@ def edit(
 
     if how not in SIDE:
         network, tokenizer = load_model(model, dtype=dtype, device=device)
-        found = edit_weights(network, tokenizer, how, records, out, layer=block, chat=chat)
+        found = edit_weights(network, tokenizer, how, records, out, **chosen)
         if json is not None:
             write_json(json, found)
         return
@@ -199,6 +212,11 @@ def edit(
     _print(report, out)
     if json is not None:
         write_json(json, numbers(report))
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """Options that were given."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _place(method: str) -> Into:

@@ -38,7 +38,7 @@ def edit_weights(
         Numbers about the run.
 
     Raises:
-        ConfigError: the method changes no weights.
+        ConfigError: the method changes no weights, or has no such setting.
     """
     from ..editing.methods import METHODS
     from ..editing.progress import progress_bar
@@ -46,7 +46,7 @@ def edit_weights(
 
     if not METHODS[method].in_weights:
         raise ConfigError(f"{method} changes no weights that could be saved: compare it instead")
-    editor = METHODS[method](model, tokenizer, METHODS[method].config_type(**settings))
+    editor = METHODS[method](model, tokenizer, METHODS[method].config_type.from_dict(settings))
     with progress_bar("editing") as move:
         outcomes = editor.edit(edits, progress=move)
     about = {

@@ -51,12 +51,13 @@ class AnyEditConfig(Settings):
     ridge: float = 1e-3
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, choices in (("chunks", CHUNKS), ("schedule", SCHEDULES)):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}: choose one of {choices}")
         for name, least in (("window", 0), ("overlap", 0), ("steps", 1)):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
+            if value < least:
                 raise ConfigError(f"{name} is {value!r}: give a whole number >= {least}")
         if self.overlap and self.overlap >= self.size:
             raise ConfigError(f"overlap is {self.overlap}: windows have {self.size} tokens")

@@ -118,13 +118,16 @@ class WiseConfig(Settings):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "betas", tuple(self.betas))
+        betas: Any = self.betas
+        if isinstance(betas, list):  # as JSON has them
+            object.__setattr__(self, "betas", tuple(betas))
+        super().__post_init__()
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}: choose one of {choices}")
         for name, least in _LEAST.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
+            if value < least:
                 raise ConfigError(f"{name} is {value!r}: give a whole number >= {least}")
         for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
@@ -132,7 +135,7 @@ class WiseConfig(Settings):
                 raise ConfigError(f"{name} is {value!r}: give a number in ({low:g}, {high:g}]")
         if not 0 <= self.cue <= 100:
             raise ConfigError(f"cue is {self.cue!r}: give a number in [0, 100]")
-        if not all(0 <= beta < 1 for beta in self.betas) or len(self.betas) != 2:
+        if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"betas are {self.betas}: give two numbers in [0, 1)")
         given = [getattr(self, name) is not None for name in ("alpha", "beta", "gamma")]
         if any(given) and not all(given):

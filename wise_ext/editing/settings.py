@@ -4,16 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, fields
-from typing import Any, ClassVar, Self
+from types import NoneType
+from typing import Any, ClassVar, Self, get_args, get_origin, get_type_hints
 
 from wise_ext.errors import ConfigError
 
+_KINDS: dict[Any, str] = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    NoneType: "None",
+}
+
 
 class Settings:
-    """Mixed into a dataclass whose fields are plain JSON values."""
+    """Mixed into a dataclass whose fields are plain JSON values.
+
+    Raises:
+        ConfigError: a value is not what its field is annotated as.
+    """
 
     #: Whose settings they are, where a message has to say so.
     whose: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        kinds = get_type_hints(type(self))
+        for name in (f.name for f in fields(self)):  # type: ignore[arg-type]
+            value = getattr(self, name)
+            if not _is(value, kinds[name]):
+                raise ConfigError(f"{name} is {value!r}: give {_called(kinds[name])}")
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> Self:
@@ -33,3 +53,23 @@ class Settings:
     def to_dict(self) -> dict[str, Any]:
         """All settings as plain JSON values."""
         return asdict(self)  # type: ignore[call-overload, no-any-return]
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value is of a kind: a whole number is a number, and True is none."""
+    kinds = get_args(kind)
+    if get_origin(kind) is tuple:
+        right = isinstance(value, tuple) and len(value) == len(kinds)
+        return right and all(_is(part, k) for part, k in zip(value, kinds, strict=True))
+    if kinds:
+        return any(_is(value, k) for k in kinds)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def _called(kind: Any) -> str:
+    kinds = get_args(kind)
+    if get_origin(kind) is tuple:
+        return f"[{', '.join(map(_called, kinds))}]"
+    return " or ".join(_KINDS[k] for k in kinds or (kind,))

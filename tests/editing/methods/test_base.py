@@ -134,7 +134,7 @@ def test_a_side_memory_is_refused(load: Any, lab: SimpleNamespace, name: str) ->
     ("settings", "message"),
     [
         ({"lr": 1.0}, "unknown setting 'lr': choose among layer, chat, .*learning_rate"),
-        ({"layer": 1.5}, "layer is 1.5: give 'auto', a block's number"),
+        ({"layer": 1.5}, "layer is 1.5: give a text or a whole number"),
         ({"layer": True}, "layer is True"),
         ({"chat": "yes"}, "chat is 'yes': give True or False"),
         ({"steps": 0}, "steps is 0: give a whole number >= 1"),

@@ -306,8 +306,8 @@ def test_statistics_may_be_given(load: Any, tmp_path: Path) -> None:
         ("memit", {"in_half": 1}, "in_half is 1: give True or False"),
         ("alphaedit", {"threshold": 0.0}, "threshold is 0.0"),
         ("alphaedit", {"ridge": -1.0}, "ridge is -1.0"),
-        ("alphaedit", {"statistics": 5}, "statistics is 5: give the path of a file"),
-        ("rome", {"statistics": 5}, "statistics is 5: give the path of a file"),
+        ("alphaedit", {"statistics": 5}, "statistics is 5: give a text or None"),
+        ("rome", {"statistics": 5}, "statistics is 5: give a text or None"),
     ],
 )
 def test_bad_settings(load: Any, name: str, settings: dict[str, Any], message: str) -> None:

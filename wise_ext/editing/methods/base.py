@@ -54,26 +54,16 @@ class MethodConfig(Settings):
     chat: bool = False
     in_half: bool = False
 
-    def __post_init__(self) -> None:
-        if isinstance(self.layer, bool) or not isinstance(self.layer, (str, int)):
-            raise ConfigError(
-                f"layer is {self.layer!r}: give 'auto', a block's number or a module's path"
-            )
-        for name in ("chat", "in_half"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} is {getattr(self, name)!r}: give True or False")
-
     def _check_number(self, name: str, *, zero: bool = False) -> None:
         """A finite number above 0, or, with ``zero``, 0."""
         value = getattr(self, name)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+        if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
             raise ConfigError(f"{name} is {value!r}: give a number {'>= 0' if zero else '> 0'}")
 
     def _check_count(self, name: str, least: int = 1) -> None:
         """A whole number from ``least`` on."""
         value = getattr(self, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        if value < least:
             raise ConfigError(f"{name} is {value!r}: give a whole number >= {least}")
 
 

@@ -71,8 +71,6 @@ class LeastSquaresConfig(ChunkedConfig):
         super().__post_init__()
         self._check_count("spread", 0)
         self._check_count("batch_size")
-        if self.statistics is not None and not isinstance(self.statistics, str):
-            raise ConfigError(f"statistics is {self.statistics!r}: give the path of a file")
 
 
 ConfigT = TypeVar("ConfigT", bound=LeastSquaresConfig)

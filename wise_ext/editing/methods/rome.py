@@ -21,7 +21,6 @@ from wise_ext.editing.methods.observing import observe
 from wise_ext.editing.methods.seeking import Seeker, SeekingConfig
 from wise_ext.editing.solving import rank_one
 from wise_ext.editing.statistics import KeyStatistics
-from wise_ext.errors import ConfigError
 from wise_ext.models.table import get_module
 
 if TYPE_CHECKING:
@@ -45,11 +44,6 @@ class RomeConfig(SeekingConfig):
 
     contexts: int = 20
     statistics: str | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.statistics is not None and not isinstance(self.statistics, str):
-            raise ConfigError(f"statistics is {self.statistics!r}: give the path of a file")
 
 
 class Rome(Method[RomeConfig]):
