@@ -23,6 +23,7 @@ from wise_ext import models
 from wise_ext.cli import console
 from wise_ext.editing.config import WiseConfig
 from wise_ext.editing.edits import Edit, demo_edits, read_edits
+from wise_ext.editing.settings import read_settings
 from wise_ext.errors import ConfigError, DataError, WiseError
 from wise_ext.memory import MAIN, SideMemory
 
@@ -142,7 +143,7 @@ def main(
     try:
         plan = Plan(
             model,
-            _config(memory, _changes(setting or [])),
+            _config(memory, read_settings(setting or ())),
             memory,
             read_crowd(crowd or [], crowd_size),
             routing_only,
@@ -242,19 +243,6 @@ def _wanted(kinds: list[str] | None) -> list[Asked]:
         if kind not in (*prompts.KINDS, "none"):
             raise ConfigError(f"unknown kind {kind!r}: choose from {', '.join(prompts.KINDS)}")
     return [a for a in prompts.read_asked() if not kinds or a.kind in kinds]
-
-
-def _changes(settings: Sequence[str]) -> dict[str, Any]:
-    changes: dict[str, Any] = {}
-    for text in settings:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {text}: write NAME=VALUE")
-        try:
-            changes[name] = json_format.loads(value)
-        except ValueError:
-            changes[name] = value
-    return changes
 
 
 def _line_of(found: Found, memory: SideMemory) -> bench_rows.Row:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ from typing import Any
 from bench import lifelong_data as data
 from bench.rows import ROOT
 from wise_ext.editing.config import PRESETS
+from wise_ext.editing.settings import read_settings
+from wise_ext.errors import ConfigError
 
 CHECKPOINTS = (10, 100, 300, 1000, 3000)
 RESULTS = ROOT / "bench" / "results" / "lifelong.jsonl"
@@ -18,13 +19,11 @@ BATCH = 100
 
 
 def _setting(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE, for example mask_ratio=0.1")
     try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
+        ((name, value),) = read_settings([text]).items()
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return name, value
 
 
 def _counts(text: str) -> list[int]:
@@ -60,7 +59,7 @@ def parse(description: str | None, arguments: Sequence[str] | None = None) -> ar
     add("--at", type=_counts, default=list(CHECKPOINTS), metavar="T,T", help="when to score")
     add("--name", help="of the run, in its rows and its folder; default: dataset and regime")
     add("--preset", choices=PRESETS, default="default")
-    add("--set", type=_setting, nargs="+", action="extend", default=[], metavar="KEY=VALUE")
+    add("--set", type=_setting, nargs="+", action="extend", default=[], metavar="NAME=VALUE")
     add("--batch", type=_number(1), default=BATCH, help="edits at a time in the batch regime")
     add("--model", default="smollm2", help="hub id, local directory, .gguf file, or smollm2")
     add("--half", choices=data.HALVES, default="all", help="which records, by a hash of their id")

@@ -250,7 +250,7 @@ def test_data_that_is_not_there(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "complaint"),
     [
-        (("--set", "nonsense"), "not KEY=VALUE"),
+        (("--set", "nonsense"), "write NAME=VALUE"),
         (("--at", "10,x"), "give numbers of edits"),
         (("--at", "0"), "give numbers of edits"),
         (("--until", "0"), "whole number >= 1"),

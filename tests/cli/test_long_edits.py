@@ -105,12 +105,15 @@ def test_eval_show_verify_undo(
         (("--method", "rome", "--resume"), "--resume is of a side memory: rome edits the weights"),
         (("--router", "indicator"), "use router='key', not 'indicator'"),
         (("--variant", "merge"), "anyedit merges nothing"),
-        (("--set", "margin"), "--set margin: write NAME=JSON, for example cue=0"),
+        (("--set", "margin"), "--set margin: write NAME=VALUE, for example"),
         (("--set", "margin=2"), "unknown setting 'margin': choose among layer,"),
         (("--set", "anyedit.cue=0"), "unknown setting of AnyEdit 'cue': choose among chunks,"),
         (("--set", "anyedit.steps=0.5"), "steps is 0.5: give a whole number"),
         (("--set", "margins=1"), "margins is 1: give True or False"),
-        (("--method", "wise", "--set", "anyedit.margin=2"), "anyedit.margin is of --method anyedi"),
+        (
+            ("--method", "wise", "--set", "anyedit.margin=2"),
+            "anyedit.margin is a setting of anyedit",
+        ),
         (("--method", "ft-l", "--set", "cue=0"), "unknown setting 'cue'"),
     ],
 )
@@ -167,6 +170,7 @@ def test_compare_prints_a_table_and_goes_on_where_it_was(
     rows = tmp_path / "rows.jsonl"
     command = ["compare", model_dir, records, "--rows", rows, "--no-similarity", "--unrelated", 3]
     command += ["--set", "anyedit.layer=2", "--set", "ft-l.steps=2"]
+    command += ["--set", "anyedit.anyedit.schedule=together"]
     done = run(*command, "--methods", "anyedit")
     assert done.exit_code == 0, done.output
     assert "unedited" in done.stdout and "anyedit" in done.stdout and "locality" in done.stdout
@@ -186,7 +190,9 @@ def test_compare_prints_a_table_and_goes_on_where_it_was(
     [
         (("--methods", "mend"), "unknown method 'mend'"),
         (("--set", "steps=3"), "unknown method 'steps'"),
-        (("--set", "ft-l.steps=many"), "write METHOD.NAME=JSON"),
+        (("--set", "ft-l.steps=many", "--methods", "ft-l"), "steps is 'many': give a whole number"),
+        (("--set", "ft-l.steps"), "--set ft-l.steps: write NAME=VALUE"),
+        (("--set", "wise.anyedit.margin=2"), "anyedit.margin is a setting of anyedit, not of wise"),
     ],
 )
 def test_compare_refuses(

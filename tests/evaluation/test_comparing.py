@@ -100,5 +100,11 @@ def test_refusals() -> None:
         Comparing(methods=("mend",))
     with pytest.raises(ConfigError, match="unknown method 'ft'"):
         Comparing(methods=("wise",), settings={"ft": {}})
+    with pytest.raises(ConfigError, match="unknown setting 'radius': choose among layer, chat"):
+        Comparing(methods=("ft-l",), settings={"ft-l": {"radius": 1.0}})
+    with pytest.raises(ConfigError, match="cue is '2': give a number"):
+        Comparing(methods=("wise",), settings={"wise": {"cue": "2"}})
+    with pytest.raises(ConfigError, match="margin is a setting of anyedit, not of wise"):
+        Comparing(methods=("wise",), settings={"wise": {"anyedit.margin": 1.0}})
     with pytest.raises(ConfigError, match="regime is 'batch'"):
         Comparing(methods=("wise",), regime="batch")

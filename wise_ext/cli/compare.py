@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,7 +23,6 @@ from .choices import (
 )
 from .console import note, table
 from .files import check_file
-from .settings import settings_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,7 +63,7 @@ def compare(
     ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="METHOD.NAME=JSON", help="A setting; may be repeated."),
+        typer.Option("--set", metavar="METHOD.NAME=VALUE", help="A setting; may be repeated."),
     ] = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="Put prompts into the model's chat template.")
@@ -97,7 +97,7 @@ def compare(
     what = Comparing(
         methods=(*([UNEDITED] if unedited else []), *names),
         regime=regime.value,
-        settings=_by_method(settings),
+        settings=_by_method(settings or ()),
         chat=chat,
         similarity=similarity,
         sub_questions=sub_questions,
@@ -141,15 +141,12 @@ def _surroundings(network: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def _by_method(given: list[str] | None) -> dict[str, dict[str, Any]]:
-    """Settings by method.
+def _by_method(given: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Settings by method."""
+    from ..editing.settings import read_settings
 
-    Raises:
-        ConfigError: one is not METHOD.NAME=JSON.
-    """
     settings: dict[str, dict[str, Any]] = {}
-    form = "METHOD.NAME=JSON, for example ft-l.steps=50"
-    for place, value in settings_of(given, form).items():
+    for place, value in read_settings(given).items():
         method, _, name = place.partition(".")
         settings.setdefault(method, {})[name] = value
     return settings

@@ -29,14 +29,10 @@ from .choices import (
 from .clusters import connected, loader, trainer
 from .console import note, number_of, say, size_name
 from .files import check_file, check_folder, write_json
-from .settings import settings_of
 from .weights import edit_weights
 
 if TYPE_CHECKING:
     from ..editing.ledger import EditReport
-
-# What names of AnyEdit's own settings begin with.
-_OWN = "anyedit."
 
 
 def edit(
@@ -107,7 +103,7 @@ def edit(
         list[str] | None,
         typer.Option(
             "--set",
-            metavar="NAME=JSON",
+            metavar="NAME=VALUE",
             help="Another setting of the method (AnyEdit's own: anyedit.NAME); may be repeated.",
         ),
     ] = None,
@@ -139,10 +135,11 @@ def edit(
     check_folder(out, "--out")
     check_file(json, "--json")
 
-    from ..editing.anyedit_config import AnyEditConfig
+    from ..editing.anyedit_config import AnyEditConfig, apart
     from ..editing.config import WiseConfig
     from ..editing.ledger import ANYEDIT, method_for
     from ..editing.ledger import METHODS as SIDE
+    from ..editing.settings import read_settings
     from ..errors import ConfigError
 
     how = method.value if method else method_for(records)
@@ -163,15 +160,12 @@ def edit(
         router=router and router.value,
         stored=None if stored is StoredKind.exact else stored.value,
     )
-    more = settings_of(settings, "NAME=JSON, for example cue=0")
+    more = read_settings(settings or ())
     if how in SIDE:
-        own = {name: more.pop(name) for name in [*more] if name.startswith(_OWN)}
-        cut |= {name.removeprefix(_OWN): value for name, value in own.items()}
-        if own and how != ANYEDIT:
-            raise ConfigError(f"--set {next(iter(own))} is of --method anyedit: leave it out")
+        more, own = apart(more, how)
         chosen |= {"seed": seed} | _given(chat_template=chat or None) | of_side
         config = WiseConfig.preset(preset.value, **chosen | more)
-        passages = AnyEditConfig.preset(preset.value, **cut) if how == ANYEDIT else None
+        passages = AnyEditConfig.preset(preset.value, **cut | own) if how == ANYEDIT else None
     else:
         of_side |= _given(resume=resume or None, ray=ray, ray_workers=ray_workers)
         if of_side:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
 from types import NoneType
 from typing import Any, ClassVar, Self, get_args, get_origin, get_type_hints
@@ -53,6 +54,26 @@ class Settings:
     def to_dict(self) -> dict[str, Any]:
         """All settings as plain JSON values."""
         return asdict(self)  # type: ignore[call-overload, no-any-return]
+
+
+def read_settings(given: Iterable[str]) -> dict[str, Any]:
+    """Settings that were written down, each as ``NAME=VALUE``; the last one of a name counts.
+
+    A value is JSON, or, where it is none, a text as it stands.
+
+    Raises:
+        ConfigError: one is something else.
+    """
+    settings: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not name or not equals:
+            raise ConfigError(f"--set {text}: write NAME=VALUE, for example mask_ratio=0.1")
+        try:
+            settings[name] = json.loads(value)
+        except ValueError:
+            settings[name] = value
+    return settings
 
 
 def _is(value: Any, kind: Any) -> bool:

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ..editing.anyedit_config import AnyEditConfig, apart
+from ..editing.config import WiseConfig
 from ..editing.edits import Edit, find_conflicts
 from ..editing.ledger import METHODS as SIDE
 from ..editing.progress import ProgressCallback, counted
@@ -41,7 +43,8 @@ class Comparing:
         methods: names: ``"wise"`` and ``"anyedit"`` into a side memory, those of
             ``editing.methods`` into the weights, ``"unedited"``.
         regime: ``"each"`` or ``"sequence"``.
-        settings: by method, settings other than its defaults.
+        settings: by method, settings other than its defaults; under ``"anyedit"``, AnyEdit's own
+            are named ``"anyedit.NAME"``.
         chat: put prompts into the tokenizer's chat template.
         batch_size: rows run at once.
         similarity: run the sentence model.
@@ -67,6 +70,25 @@ class Comparing:
                 raise ConfigError(f"unknown method {name!r}: choose among {', '.join(known)}")
         if self.regime not in REGIMES:
             raise ConfigError(f"regime is {self.regime!r}: choose one of {REGIMES}")
+        for name in self.methods:  # before hours of measuring
+            if name in SIDE:
+                self.of_side(name)
+            elif name != UNEDITED:
+                METHODS[name].config_type.from_dict(self.of_weights(name))
+
+    def of_side(self, method: str) -> tuple[WiseConfig, AnyEditConfig]:
+        """Settings of a method that edits a side memory.
+
+        Raises:
+            ConfigError: an unknown setting, or a bad value.
+        """
+        rest, own = apart(self.settings.get(method, {}), method)
+        config = WiseConfig.from_dict({"chat_template": self.chat} | rest)
+        return config, AnyEditConfig.from_dict(own)
+
+    def of_weights(self, method: str) -> Row:
+        """Settings of a method that edits weights."""
+        return {"chat": self.chat, "in_half": True, **self.settings.get(method, {})}
 
 
 class Contender(Protocol):
@@ -189,16 +211,13 @@ def _contender(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, what: Comparing
 ) -> Iterator[Contender]:
     """A method for a model, which is put back as it was in the end."""
-    settings = dict(what.settings.get(name, {}))
     contender: Contender
     if name == UNEDITED:
         contender = _Nobody()
     elif name in SIDE:
-        contender = _SideMemory(model, tokenizer, name, settings, what.chat)
+        contender = _SideMemory(model, tokenizer, name, *what.of_side(name))
     else:
-        contender = _Weights(
-            model, tokenizer, name, {"chat": what.chat, "in_half": True} | settings
-        )
+        contender = _Weights(model, tokenizer, name, what.of_weights(name))
     try:
         yield contender
     finally:
@@ -216,8 +235,6 @@ class _Nobody:
 
 
 class _SideMemory:
-    """The Editor: ``settings`` are ``WiseConfig``'s, under ``"anyedit"`` those of AnyEdit."""
-
     one_pass = True
 
     def __init__(
@@ -225,15 +242,11 @@ class _SideMemory:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         method: str,
-        settings: Row,
-        chat: bool,
+        config: WiseConfig,
+        passages: AnyEditConfig,
     ) -> None:
-        from ..editing.anyedit_config import AnyEditConfig
-        from ..editing.config import WiseConfig
         from ..editing.editor import Editor
 
-        passages = AnyEditConfig.from_dict(settings.pop("anyedit", {}))
-        config = WiseConfig.from_dict({"chat_template": chat} | settings)
         self._editor = Editor(model, tokenizer, config, anyedit=passages)
         self._method = method
 
