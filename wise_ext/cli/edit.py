@@ -135,11 +135,11 @@ def edit(
     check_folder(out, "--out")
     check_file(json, "--json")
 
-    from ..editing.anyedit_config import AnyEditConfig, apart
+    from ..editing.anyedit_config import AnyEditConfig
     from ..editing.config import WiseConfig
     from ..editing.ledger import ANYEDIT, method_for
     from ..editing.ledger import METHODS as SIDE
-    from ..editing.settings import read_settings
+    from ..editing.settings import apart, read_settings
     from ..errors import ConfigError
 
     how = method.value if method else method_for(records)
@@ -162,7 +162,7 @@ def edit(
     )
     more = read_settings(settings or ())
     if how in SIDE:
-        more, own = apart(more, how)
+        more, own = apart(more, ANYEDIT, how)
         chosen |= {"seed": seed} | _given(chat_template=chat or None) | of_side
         config = WiseConfig.preset(preset.value, **chosen | more)
         passages = AnyEditConfig.preset(preset.value, **cut | own) if how == ANYEDIT else None

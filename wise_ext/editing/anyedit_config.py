@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from wise_ext.editing.ledger import ANYEDIT
 from wise_ext.editing.settings import Settings
 from wise_ext.errors import ConfigError
 
@@ -95,18 +93,3 @@ PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {"chunks": "windows", "schedule": "in_turn", "steps": 25, "margin": 0.0},
 }
-
-_OWN = f"{ANYEDIT}."
-
-
-def apart(settings: Mapping[str, Any], method: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Settings of the editor, and AnyEdit's own among them: their names begin with ``anyedit.``.
-
-    Raises:
-        ConfigError: there are such, and the method is another.
-    """
-    own = {name: value for name, value in settings.items() if name.startswith(_OWN)}
-    if own and method != ANYEDIT:
-        raise ConfigError(f"{next(iter(own))} is a setting of anyedit, not of {method}")
-    rest = {name: value for name, value in settings.items() if name not in own}
-    return rest, {name.removeprefix(_OWN): value for name, value in own.items()}

@@ -76,6 +76,21 @@ def read_settings(given: Iterable[str]) -> dict[str, Any]:
     return settings
 
 
+def apart(
+    settings: Mapping[str, Any], group: str, method: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings of the editor, and a method's own among them: their names begin with ``group.``.
+
+    Raises:
+        ConfigError: there are such, and the method in use is another.
+    """
+    own = {name: value for name, value in settings.items() if name.startswith(f"{group}.")}
+    if own and method != group:
+        raise ConfigError(f"{next(iter(own))} is a setting of {group}, not of {method}")
+    rest = {name: value for name, value in settings.items() if name not in own}
+    return rest, {name.removeprefix(f"{group}."): value for name, value in own.items()}
+
+
 def _is(value: Any, kind: Any) -> bool:
     """Whether a value is of a kind: a whole number is a number, and True is none."""
     kinds = get_args(kind)

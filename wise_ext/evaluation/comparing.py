@@ -13,11 +13,13 @@ from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..editing.anyedit_config import AnyEditConfig, apart
+from ..editing.anyedit_config import AnyEditConfig
 from ..editing.config import WiseConfig
 from ..editing.edits import Edit, find_conflicts
+from ..editing.ledger import ANYEDIT
 from ..editing.ledger import METHODS as SIDE
 from ..editing.progress import ProgressCallback, counted
+from ..editing.settings import apart
 from ..errors import ConfigError
 from ..storage.encoding import canonical
 from .longform import LongBaseline, baseline_of, evaluate_long
@@ -82,7 +84,7 @@ class Comparing:
         Raises:
             ConfigError: an unknown setting, or a bad value.
         """
-        rest, own = apart(self.settings.get(method, {}), method)
+        rest, own = apart(self.settings.get(method, {}), ANYEDIT, method)
         config = WiseConfig.from_dict({"chat_template": self.chat} | rest)
         return config, AnyEditConfig.from_dict(own)
 
