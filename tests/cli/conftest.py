@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from wise_ext.cli.app import app
@@ -42,3 +44,13 @@ def edits_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines.append({"id": "bare", "prompt": "The colour of Ardo is", "target_new": "grey"})
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def rounded(model_dir: Path, tmp_path: Path) -> Path:
+    """Another form of the model: its weights rounded, and a name of its own."""
+    folder = Path(shutil.copytree(model_dir, tmp_path / "rounded"))
+    weights = load_file(folder / "model.safetensors")
+    rough = {name: (value * 64).round() / 64 for name, value in weights.items()}
+    save_file(rough, folder / "model.safetensors", {"format": "pt"})
+    return folder

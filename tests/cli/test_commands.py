@@ -121,6 +121,20 @@ def test_generate(run, edited: tuple[Path, Any], model_dir: Path, edits_file: Pa
     assert run(*args).stdout.splitlines() == [edit.prompt, edit.target_new]
 
 
+def test_another_form_of_the_model_is_asked_for(
+    run, edited: tuple[Path, Any], rounded: Path, edits_file: Path
+) -> None:
+    edit = read_edits(edits_file)[0]
+    args = ("generate", rounded, "--memory", edited[0], "--prompt", edit.prompt)
+    refused = run(*args)
+    assert refused.exit_code == 2 and "--check name" in refused.output.replace("\n", " ")
+    refused = run(*args, "--check", "name")
+    assert refused.exit_code == 2 and "--check shape" in refused.output.replace("\n", " ")
+    result = run(*args, "--check", "shape")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines() == [edit.prompt, edit.target_new]
+
+
 def test_show(run, memory: Path, edits_file: Path) -> None:
     result = run("show", memory)
     assert result.exit_code == 0, result.output

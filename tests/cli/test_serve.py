@@ -49,6 +49,16 @@ def test_memories_by_name(started: list[Any], model_dir: Path, folders: list[Pat
     assert options["continuous_batching"] and not options["manage"]
 
 
+def test_what_is_checked(started: list[Any], rounded: Path, folders: list[Path]) -> None:
+    arguments = (str(rounded), "--memory", str(folders[0]))
+    for check in ("weights", "name"):
+        assert run(*arguments, "--check", check).exit_code == 2 and not started
+    result = run(*arguments, "--check", "shape")
+    assert result.exit_code == 0, result.output
+    ((model, _, _), _) = started[0]
+    assert list(memories(model)) == ["one"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,10 +11,12 @@ import torch
 
 from wise_ext import models
 from wise_ext.editing.edits import Edit
+from wise_ext.errors import StorageError
 from wise_ext.evaluation import generate_answers
 from wise_ext.evaluation.scoring import score_rows
 from wise_ext.memory import SideMemory
 from wise_ext.models import patch
+from wise_ext.storage import save_memory
 
 pytest.importorskip("lm_eval", reason='needs pip install "wise-ext[lm-eval]"')
 
@@ -68,6 +71,17 @@ def test_a_score_is_that_of_teacher_forcing(
         plain = harness.loglikelihood(instances("loglikelihood", asked), disable_tqdm=True)
     # The facts come first in each pair, and what is not routed is untouched to the digit.
     assert [a != b for a, b in zip(found, plain, strict=True)] == [True, False] * len(facts)
+
+
+def test_a_memory_of_another_form_of_the_model(
+    bare: Any, memory: SideMemory, tokenizer: Any, tmp_path: Path
+) -> None:
+    save_memory(tmp_path / "m", memory, {}, [], {"name": "in full", "fingerprint": "0" * 16})
+    with pytest.raises(StorageError, match="was made for 'in full'"):
+        WiseLM(bare, tokenizer, memory=str(tmp_path / "m"))
+    assert not models.is_patched(bare)
+    WiseLM(bare, tokenizer, memory=str(tmp_path / "m"), check="shape")
+    assert models.is_patched(bare)
 
 
 def test_without_the_memory_it_is_hflm_to_the_digit(

@@ -228,6 +228,19 @@ def test_memories_come_to_a_model_that_had_none(batching: bool, case: Case, tmp_
         assert endpoint.complete(KNOWN[0], "tiny:unedited") == case.expected[None][0]
 
 
+def test_a_memory_of_another_form_of_the_model(case: Case, tmp_path: Path) -> None:
+    full = {"name": "tiny in full", "fingerprint": "0" * 16}
+    save_memory(tmp_path / "m", case.memories["first"], {}, [], full)
+    given = {"name": "m", "path": str(tmp_path / "m")}
+    with case.served(False, manage=True) as endpoint:
+        with pytest.raises(openai.BadRequestError, match="was made for 'tiny in full'"):
+            endpoint.change("load", **given)
+        with pytest.raises(openai.BadRequestError, match="unknown check 'none'"):
+            endpoint.change("load", **given, check="none")
+        endpoint.change("load", **given, check="shape")
+        assert endpoint.complete(KNOWN[0]) == case.expected["first"][0]
+
+
 def test_clients_cannot_change_memories_unless_they_may(case: Case) -> None:
     with case.served(False, "first") as endpoint:
         with pytest.raises(openai.NotFoundError):

@@ -75,6 +75,14 @@ class StoredKind(StrEnum):
     int8 = "int8"
 
 
+class Check(StrEnum):
+    """What a model has to share with a memory's base."""
+
+    weights = "weights"
+    name = "name"
+    shape = "shape"
+
+
 class ExportKind(StrEnum):
     """What a memory is exported as."""
 
@@ -103,6 +111,14 @@ FolderArgument = Annotated[
 ]
 MemoryOption = Annotated[
     Path, typer.Option("--memory", metavar="DIR", help="The saved memory.", show_default=False)
+]
+CheckOption = Annotated[
+    Check,
+    typer.Option(
+        "--check",
+        help="What MODEL shares with the memory's base; in another form of it, as quantised, that "
+        "is its name or no more than the layer's shape.",
+    ),
 ]
 LimitOption = Annotated[
     int | None, typer.Option("--limit", min=1, metavar="N", help="At most N edits of the file.")

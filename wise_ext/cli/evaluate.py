@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .choices import (
+    Check,
+    CheckOption,
     DeviceOption,
     DtypeOption,
     EditsArgument,
@@ -32,6 +34,7 @@ def evaluate(
     offset: OffsetOption = 0,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    check: CheckOption = Check.weights,
     json: JsonOption = None,
     similarity: Annotated[
         bool,
@@ -57,7 +60,7 @@ def evaluate(
 
     from .opening import open_edited
 
-    network, tokenizer, chat = open_edited(model, memory, device=device, dtype=dtype)
+    network, tokenizer, chat = open_edited(model, memory, device=device, dtype=dtype, check=check)
     for earlier, later in find_conflicts(records):
         note(f"conflict: edit {earlier} has the prompt of {later}, which supersedes it")
     if long:

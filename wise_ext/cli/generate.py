@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..errors import DataError
-from .choices import DeviceOption, DtypeOption, MemoryOption, ModelArgument
+from .choices import Check, CheckOption, DeviceOption, DtypeOption, MemoryOption, ModelArgument
 from .console import route_name, say
 
 
@@ -26,6 +26,7 @@ def generate(
     ] = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    check: CheckOption = Check.weights,
 ) -> None:
     """Continue prompts greedily with an edited model."""
     if not all(text.strip() for text in prompt):
@@ -34,7 +35,7 @@ def generate(
     from ..evaluation import generate_answers
     from .opening import open_edited
 
-    network, tokenizer, chat = open_edited(model, memory, device=device, dtype=dtype)
+    network, tokenizer, chat = open_edited(model, memory, device=device, dtype=dtype, check=check)
     answers = generate_answers(network, tokenizer, prompt, chat=chat, max_new_tokens=max_new_tokens)
     for text, answer in zip(prompt, answers, strict=True):
         say(text, style="bold")

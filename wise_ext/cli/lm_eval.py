@@ -6,7 +6,15 @@ from typing import Annotated, Any
 
 import typer
 
-from .choices import DeviceOption, DtypeOption, JsonOption, MemoryOption, ModelArgument
+from .choices import (
+    Check,
+    CheckOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    MemoryOption,
+    ModelArgument,
+)
 from .console import table
 from .files import check_file, write_json
 
@@ -34,6 +42,7 @@ def lm_eval(
     ] = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    check: CheckOption = Check.weights,
     json: JsonOption = None,
 ) -> None:
     """Score a model with a memory and without, on tasks of lm-evaluation-harness."""
@@ -49,7 +58,7 @@ def lm_eval(
 
     quieten()
     built = load_tasks(tasks or ())
-    network, tokenizer, _ = open_edited(model, memory, device=device, dtype=dtype)
+    network, tokenizer, _ = open_edited(model, memory, device=device, dtype=dtype, check=check)
     report = score_both(network, tokenizer, built, batch_size=batch_size, chat=chat, limit=limit)
     table(
         f"{model} with {memory}",

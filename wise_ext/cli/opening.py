@@ -10,9 +10,11 @@ if TYPE_CHECKING:
 
 
 def open_edited(
-    model: str, memory: Path, *, device: str, dtype: str
+    model: str, memory: Path, *, device: str, dtype: str, check: str = "weights"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, bool]:
     """Load a model, patch the memory in; also whether it was edited through its chat template.
+
+    ``check`` is ``load_memory``'s.
 
     Raises:
         StorageError: the directory is unusable, or of another base model.
@@ -26,5 +28,5 @@ def open_edited(
     from ..models import load_model
 
     network, tokenizer = load_model(model, dtype=dtype, device=device)
-    load_memory(network, memory)
+    load_memory(network, memory, check=check)
     return network, tokenizer, bool(stored.config.get("chat_template"))

@@ -8,7 +8,15 @@ from typing import Annotated
 
 import typer
 
-from .choices import DeviceOption, DtypeOption, JsonOption, MemoryOption, ModelArgument
+from .choices import (
+    Check,
+    CheckOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    MemoryOption,
+    ModelArgument,
+)
 from .console import route_name, say, table
 from .files import check_file, write_json, write_whole
 
@@ -25,6 +33,7 @@ def profile(
     json: JsonOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    check: CheckOption = Check.weights,
 ) -> None:
     """Time a prefill and decoding: every block, the routing, the side memory."""
     check_file(png, "--png")
@@ -40,7 +49,7 @@ def profile(
     from ..evaluation import profile as measure
     from .opening import open_edited
 
-    network, tokenizer, chat = open_edited(model, memory, device=device, dtype=dtype)
+    network, tokenizer, chat = open_edited(model, memory, device=device, dtype=dtype, check=check)
     if prompt is None:
         ids = encode_prompt(tokenizer, " ".join(neutral_prompts()))
         ids = (ids * -(-tokens // len(ids)))[:tokens]

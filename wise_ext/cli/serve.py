@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import ConfigError
-from .choices import DeviceOption, DtypeOption, ModelArgument
+from .choices import Check, CheckOption, DeviceOption, DtypeOption, ModelArgument
 from .console import say
 
 
@@ -54,6 +54,7 @@ def serve(
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port.")] = 8000,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    check: CheckOption = Check.weights,
 ) -> None:
     """Serve an edited model to OpenAI's clients; its memories go by name."""
     given = memory or []
@@ -79,7 +80,7 @@ def serve(
         load_memory_dir(folder)  # before the model: a wrong path should cost no waiting
     network, tokenizer = load_model(model, dtype=dtype, device=device)
     for each, folder in chosen.items():
-        load_memory(network, folder, each)
+        load_memory(network, folder, each, check)
     say(f"{called} on http://{host}:{port}/v1, with {', '.join(chosen) or 'no memory'}")
     run_server(
         network,

@@ -39,11 +39,16 @@ def load_memory(
     stored = load_memory_dir(directory)
     base = str(getattr(getattr(model, "config", None), "name_or_path", "")) or type(model).__name__
     if check == "weights":
-        check_base(stored.base, fingerprint(model), base)
+        try:
+            check_base(stored.base, fingerprint(model), base)
+        except StorageError as error:
+            raise StorageError(
+                f"{error} (if this is another form of it, as quantised: check='name', --check name)"
+            ) from None
     elif check == "name" and stored.base.get("name") != base:
         raise StorageError(
             f"the memory was made for {stored.base.get('name')!r}, this model is {base!r}: if that "
-            "is another form of it, load the memory with check='shape'"
+            "is another form of it: check='shape', --check shape"
         )
     patch(model, stored.memory, name=name)
     return stored.memory

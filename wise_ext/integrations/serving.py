@@ -278,9 +278,10 @@ def _add_management(app: FastAPI, served: ServedModel, state: ServedState) -> No
     @app.post("/v1/load_memory")
     def load(body: dict[str, str]) -> dict[str, str]:
         name, path = body.get("name", ""), body.get("path", "")
+        check = body.get("check", "weights")
 
         def put() -> None:
-            load_memory(served.model, Path(path), name)
+            load_memory(served.model, Path(path), name, check)
 
         try:
             check_names(served.name, {name})

@@ -126,8 +126,7 @@ def check_base(stored: Mapping[str, Any], fingerprint: str, name: str) -> None:
         same = " (of the same name, but with other weights)" if stored.get("name") == name else ""
         raise StorageError(
             f"the memory was made for {stored.get('name')!r} [{stored.get('fingerprint')}], this "
-            f"model is {name!r} [{fingerprint}]{same}: load the memory's own base model (into a "
-            "quantised form of it: load_memory with check='name')"
+            f"model is {name!r} [{fingerprint}]{same}: load the memory's own base model"
         )
 
 

@@ -33,9 +33,11 @@ class WiseLM(HFLM):  # type: ignore[misc]
         memory: a saved memory to patch the model with.
         dtype: see ``wise_ext.load_model``.
         device: see ``wise_ext.load_model``; the harness says "cuda" where it means "the GPU".
+        check: what the model has to share with the memory's base: see ``load_memory``.
         options: HFLM's others (``batch_size``, ``max_length``, …).
 
     Raises:
+        ConfigError: no such check.
         ModelError: the model cannot be loaded, or has no such layer.
         StorageError: the memory is unusable, or of another model.
     """
@@ -47,13 +49,14 @@ class WiseLM(HFLM):  # type: ignore[misc]
         memory: str | None = None,
         dtype: str = "auto",
         device: str | None = None,
+        check: str = "weights",
         **options: Any,
     ) -> None:
         model: Any = pretrained
         if isinstance(pretrained, str):
             model, tokenizer = models.load_model(pretrained, dtype, device or "auto")
         if memory is not None:
-            load_memory(model, memory)
+            load_memory(model, memory, check=check)
         super().__init__(pretrained=model, tokenizer=tokenizer, **options)
 
     def _loglikelihood_tokens(
